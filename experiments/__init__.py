@@ -1,0 +1,1 @@
+"""The experiments: one question, one file. Used from a checkout."""

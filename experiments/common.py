@@ -1,0 +1,110 @@
+"""What every experiment's command line shares: lists and ranges, the text, the output folder."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minigpt import Tokenizer
+
+SUMMARY = "summary.json"
+MOST_NUMBERS = 10_000
+"""Of a range: enough for any curve, few enough not to fill the memory by a slip of the finger."""
+
+
+def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
+    """`2`, `2,5`, `0:11:1` or `all`. Raises ValueError for anything else, and for a layer out of range."""
+    if text == "all":
+        return tuple(range(n_layer))
+    layers = []
+    for value in parse_numbers(text, "--layers", "all, a list such as 2,5 or a range such as 0:11:1"):
+        if value != int(value) or not 0 <= value < n_layer:
+            raise ValueError(f"--layers {text}: {value:g} is not a layer; the model has layers 0 to {n_layer - 1}.")
+        layers.append(int(value))
+    return tuple(layers)
+
+
+def parse_numbers(
+    text: str, option: str, expected: str = "finite numbers such as 0.5,2 or a range such as 0.5:1.5:0.05"
+) -> tuple[float, ...]:
+    """Numbers and ranges START:STOP:STEP, both ends included, separated by commas.
+
+    Raises ValueError when a part is neither, or is not finite.
+    """
+    return tuple(value for part in text.split(",") for value in _numbers_of(part, option, text, expected))
+
+
+def _numbers_of(part: str, option: str, text: str, expected: str) -> list[float]:
+    try:
+        numbers = [float(number) for number in part.split(":")]
+    except ValueError:
+        numbers = []
+    if not all(math.isfinite(number) for number in numbers) or len(numbers) not in (1, 3):
+        raise ValueError(f"{option} {text!r}: expected {expected}.")
+    if len(numbers) == 1:
+        return numbers
+    start, stop, step = numbers
+    if step <= 0 or stop < start:
+        raise ValueError(f"{option} {text}: a range goes up, START:STOP:STEP with STEP above 0.")
+    count = math.floor((stop - start) / step + 1e-9) + 1
+    if count > MOST_NUMBERS:
+        raise ValueError(f"{option} {text}: {count} numbers are more than {MOST_NUMBERS}; take a larger STEP.")
+    # twelve digits: 0.5 + 10 * 0.05 is 1, not 1.0000000000000002
+    return [round(start + step * index, 12) for index in range(count)]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, n_positions: int) -> list[int]:
+    """Token ids of a prompt that leaves something to measure.
+
+    Raises ValueError for an empty prompt, a single token, and one longer than the model's positions.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("The prompt is empty; give a sentence.")
+    if len(ids) == 1:
+        raise ValueError(f"The prompt {prompt!r} is one token; nothing is left without the first: give a longer one.")
+    if len(ids) > n_positions:
+        raise ValueError(f"The prompt has {len(ids)} tokens; the model has {n_positions} positions: shorten it.")
+    return ids
+
+
+def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Refuse, with a ValueError, a folder that cannot be written or that holds anything but this very run."""
+    parent = folder if folder.exists() else next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"--output {folder}: {parent} is not a folder.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {folder}: {parent} cannot be written; choose another folder.")
+    if overwrite or not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"--output {folder} holds other files; choose another folder, or add --overwrite.") from None
+    if found != settings:
+        raise ValueError(f"--output {folder} holds a run with other settings; choose another, or add --overwrite.")
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` when the body ends well; after an error nothing stays.
+
+    The summary leaves first and arrives last, so a folder with a summary is a finished run.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing."))
+    try:
+        yield scratch
+        (folder / SUMMARY).unlink(missing_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()

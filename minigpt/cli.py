@@ -1,0 +1,164 @@
+"""The command line: minigpt verify | generate | download.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from minigpt import hub, parity
+from minigpt.generate import generate
+from minigpt.model import GPT2
+from minigpt.scales import scaled
+from minigpt.tokenizer import Tokenizer
+
+app = typer.Typer(
+    help="GPT-2 by hand, with a scale on every block, head and sublayer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEVICES = ("cpu", "cuda")  # mps has given wrong numbers without a word, and has no float64
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, gpt2 | gpt2-medium | ..., or a hub id")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub")]
+Offline = Annotated[bool, typer.Option("--offline", help="use the local cache only")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if present, else cpu")]
+Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; `auto` is CUDA if present, else the CPU. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type not in DEVICES:
+        raise ValueError(f"The device is {name!r}; expected one of {', '.join(DEVICES)}, or auto.")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """A parameter type by name. Raises ValueError for an unknown one."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def parse_scale(text: str) -> tuple[str, Tensor]:
+    """`blocks.2.output_scale=0.5`, or one number per head: `blocks.2.attention.head_scale=1,0,1`."""
+    name, _, values = text.partition("=")
+    try:
+        numbers = [float(value) for value in values.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"--scale {text!r} is not NAME=NUMBER, such as blocks.2.output_scale=0.5.")
+    return name, torch.tensor(numbers[0] if len(numbers) == 1 else numbers, dtype=torch.float64)
+
+
+@app.command()
+def verify(
+    model: ModelName,
+    live: Annotated[
+        bool, typer.Option("--live", help="compare with a run of transformers, whatever else there is")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the certificate as JSON")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Check that a model computes what Hugging Face's GPT-2 computes; exit code 1 if it does not."""
+    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
+    certificate = parity.certify(loaded, live)
+    if as_json:
+        typer.echo(json.dumps({"model": model, **certificate.to_dict()}, indent=2))
+    else:
+        typer.echo(f"{model}: {certificate.sentence()}")
+        for name, difference in certificate.differences.items():
+            typer.echo(f"  {name:<12} {difference:.2e}")
+    raise typer.Exit(0 if certificate.passed else 1)
+
+
+@app.command("generate")
+def generate_command(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the fewest tokens that reach this probability")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the draws")] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=NUMBER, such as blocks.2.output_scale=0.5; a head_scale takes one per head: 0,1,1"),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Continue a text, clean or under any scales."""
+    scales = dict(parse_scale(text) for text in scale or [])
+    if len(scales) < len(scale or []):
+        raise ValueError("--scale names the same scale twice; give each one once.")
+    if temperature == 0 and (top_k, top_p, seed) != (None, None, None):
+        raise ValueError("--top-k, --top-p and --seed draw nothing at temperature 0; add --temperature 1.")
+    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
+    tokenizer = Tokenizer.from_pretrained(model, revision, offline)
+    ids = tokenizer.encode(prompt)
+    with scaled(loaded, scales):
+        new = generate(loaded, ids, max_new_tokens, temperature, top_k, top_p, seed)
+        first = next(new)  # so that a refusal comes before the prompt is shown
+        typer.echo(prompt, nl=False)
+        for text in tokenizer.stream(token for token in chain([first], new) if token != loaded.config.eos_token_id):
+            typer.echo(text, nl=False)
+            sys.stdout.flush()
+    typer.echo()
+
+
+@app.command()
+def download(
+    model: ModelName,
+    to: Annotated[Path | None, typer.Option(help="a folder to copy the checkpoint into, such as weights/gpt2")] = None,
+    revision: Revision = None,
+) -> None:
+    """Fetch a checkpoint from the hub into the cache, or into a folder."""
+    found = hub.find(model, revision) if to is None else hub.download(model, to, revision)
+    if found.repository is None:
+        raise ValueError(f"{model} is a folder already; nothing to download.")
+    typer.echo(f"{found.repository} at commit {found.commit} is in {found.directory}")
+
+
+def run(command: Callable[[], object]) -> None:
+    """Run a command line; a failed check or a user's mistake becomes a sentence and its exit code."""
+    try:
+        command()
+    except parity.CheckError as error:
+        typer.echo(f"Check failed: {error}", err=True)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of the `minigpt` command."""
+    run(app)

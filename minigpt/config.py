@@ -1,0 +1,193 @@
+"""The shape of a model: Hugging Face's field names for GPT-2, checked when they are set."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: the message says what was found, what was expected, what to do."""
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_fast(x: torch.Tensor) -> torch.Tensor:
+    # sqrt(2/pi) cut to ten digits, as in the code that this activation's checkpoints were trained with.
+    return 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": _gelu_tanh,  # OpenAI's GPT-2
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu": F.gelu,  # the erf form: not what the official weights were trained with
+    "gelu_fast": _gelu_fast,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Every number that fixes a GPT-2's shape and arithmetic; the defaults are the 124M model's.
+
+    The fields have the names and meanings of Hugging Face's `GPT2Config`. Dropout probabilities
+    are kept for the round trip and never applied.
+
+    Raises ValueError, naming the field, when a value cannot be right.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None means 4 * n_embd
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _check_positive_integer(name, getattr(self, name))
+        if self.n_inner is not None:
+            _check_positive_integer("n_inner", self.n_inner)
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range"):
+            _check_number(name, getattr(self, name))
+        for field in fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}; expected true or false.")
+        for name in ("bos_token_id", "eos_token_id"):
+            _check_token_id(name, getattr(self, name), self.vocab_size)
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd is {self.n_embd} and n_head is {self.n_head}; n_embd must be a multiple of n_head."
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}."
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    def check_ids(self, ids: torch.Tensor, start: int = 0) -> None:
+        """Raise ValueError unless ids are integers [batch, position] that this shape can read from position `start`."""
+        if not isinstance(ids, torch.Tensor):
+            raise ValueError(f"ids are a {type(ids).__name__}; expected a tensor: torch.tensor([ids]) for one text.")
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+            raise ValueError(
+                f"ids are {ids.dtype} of shape {list(ids.shape)}; expected int64 of shape [batch, position], not empty."
+            )
+        if start and ids.shape[1] > 1:
+            raise ValueError(f"{ids.shape[1]} new positions arrived; a cache in use takes one new position at a time.")
+        end = start + ids.shape[1]
+        if end > self.n_positions:
+            raise ValueError(f"The text reaches {end} positions; the model has {self.n_positions}: shorten it.")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"ids run from {low} to {high}; expected 0 to {self.vocab_size - 1} (vocab_size - 1).")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GPT2Config":
+        """Read the fields of a config.json; fields that do not touch the arithmetic are ignored.
+
+        Raises ValueError, naming the field, for another architecture or a feature that is not built here.
+        """
+        _check_architecture(values)
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_file(cls, path: Path) -> "GPT2Config":
+        """Read a config.json; raises CheckpointError when it is absent, broken or not GPT-2's."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path.parent} has no config.json; expected a folder with config.json and model.safetensors."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}. Download or write it again.") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a {type(values).__name__}; expected an object of named fields.")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as config.json holds them, readable by Hugging Face transformers."""
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
+
+
+def _check_architecture(values: dict[str, Any]) -> None:
+    model_type = values.get("model_type", "gpt2")
+    if model_type != "gpt2":
+        raise ValueError(f"model_type is {model_type!r}; only 'gpt2' can be loaded.")
+    for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads"):
+        if values.get(name):
+            raise ValueError(f"{name} is set to {values[name]!r}; it is not supported, only a plain GPT-2 is.")
+
+
+def _check_positive_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0.")
+
+
+def _check_token_id(name: str, value: object, vocab_size: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+        raise ValueError(
+            f"{name} is {value!r}; expected an id below vocab_size ({vocab_size}); set it to that, or to null."
+        )
+
+
+OFFICIAL: dict[str, GPT2Config] = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "distilgpt2": GPT2Config(n_layer=6),
+}
+"""The short names and the shapes they stand for."""

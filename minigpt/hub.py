@@ -1,0 +1,147 @@
+"""A name -> a local directory. huggingface_hub does the download, the cache, the offline mode, the token."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from minigpt.checkpoint import ORIGIN, write_atomically
+from minigpt.config import CheckpointError
+
+ALIASES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "reference.safetensors",
+    "tokenizer_config.json",
+    *TOKENIZER_FILES,
+)
+
+
+class Found(NamedTuple):
+    """A local directory, and the hub repository and commit that it holds, where they are known."""
+
+    directory: Path
+    repository: str | None
+    commit: str | None
+
+
+def find(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    files: tuple[str, ...] = FILES,
+) -> Found:
+    """The local directory of a checkpoint.
+
+    A directory is used as it is and never touches the network. Anything else is a short name
+    (`gpt2`, ...) or a hub id: `files` of it are downloaded into huggingface_hub's cache.
+
+    Raises CheckpointError when there is no such directory, repository or revision, when access is
+    gated, or when the hub cannot be reached and the cache does not hold the files.
+    """
+    name = str(name_or_path)
+    if _is_folder(name):
+        path = Path(name).expanduser()
+        if revision is not None:
+            raise CheckpointError(f"revision {revision!r} was given with the folder {path}; it needs a hub id.")
+        return Found(path, *_origin(path))
+    if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name!r} is not a folder; expected a folder, {', '.join(ALIASES)}, or a hub id.")
+    repository = ALIASES.get(name, name)
+    try:
+        snapshot = snapshot_download(
+            repository, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
+        )
+    except Exception as error:  # the client and its transfer engine raise many kinds, bare RuntimeError among them
+        offline = local_files_only or constants.HF_HUB_OFFLINE
+        raise CheckpointError(_explain(error, repository, revision, offline)) from None
+    return Found(Path(snapshot), repository, Path(snapshot).name)
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long for a path, or an unknown user after ~
+        return False
+
+
+def download(name: str, to: Path, revision: str | None = None) -> Found:
+    """Fetch a hub checkpoint into the folder `to`, with a note of its repository and commit beside it.
+
+    Raises CheckpointError as `find` does, and when `to` cannot be written or holds another checkpoint.
+    """
+    found = find(name, revision)
+    if found.repository is None:
+        raise CheckpointError(f"{name} is a folder already; expected {', '.join(ALIASES)}, or a hub id.")
+    if _is_folder(str(to)) and _matching(to) and _origin(to)[0] != found.repository:
+        raise CheckpointError(f"{to} holds a checkpoint that is not {found.repository}; choose another folder.")
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        (to / ORIGIN).unlink(missing_ok=True)
+        kept = _matching(found.directory)
+        for file in kept:
+            write_atomically(to / file.name, partial(shutil.copyfile, file))
+        for stale in {file.name for file in _matching(to)} - {file.name for file in kept}:
+            (to / stale).unlink()
+        origin = json.dumps({"repository": found.repository, "commit": found.commit}, indent=2) + "\n"
+        write_atomically(to / ORIGIN, lambda part: part.write_text(origin, encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{to} cannot be written: {error.strerror or error}.") from None
+    return Found(to, found.repository, found.commit)
+
+
+def _matching(directory: Path) -> list[Path]:
+    """The files of a folder that belong to a checkpoint, whatever else lies there."""
+    return sorted(file for pattern in FILES for file in directory.glob(pattern))
+
+
+def _origin(directory: Path) -> tuple[str | None, str | None]:
+    """The repository and commit that `download` noted in a folder."""
+    try:
+        noted = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
+        return str(noted["repository"]), str(noted["commit"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None, None
+
+
+def _explain(error: Exception, repository: str, revision: str | None, offline: bool) -> str:
+    where = f"{repository} (revision {revision})" if revision else repository
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the hub did answer; what it said is the better reason
+    reason = str(error).partition("\n")[0]
+    match error:
+        case HFValidationError():
+            return f"{repository!r} is neither a folder nor a hub id such as openai-community/gpt2."
+        case GatedRepoError():
+            return f"{repository} is gated: ask for access on its page, then set HF_TOKEN or run `hf auth login`."
+        case RevisionNotFoundError():
+            return f"{repository} has no revision {revision!r}; name a branch, a tag or a full commit."
+        case RepositoryNotFoundError():
+            return f"There is no folder and no hub repository {repository}; if it is private, set HF_TOKEN."
+        case EntryNotFoundError():
+            reason = "offline mode is on" if offline else "the hub cannot be reached"
+            return f"{where} is no folder here and not in the local cache, and {reason}."
+        case _:
+            return f"The download of {where} failed ({type(error).__name__}: {reason}); try again, or give a folder."

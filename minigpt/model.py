@@ -1,0 +1,195 @@
+"""GPT-2, from token ids to logits, in one file.
+
+Axes, everywhere: [batch, position, n_embd] for the residual stream, [batch, n_head, position,
+head_width] inside attention. Depth 0 of the stream is the embeddings, depth d the output of block
+d - 1, depth n_layer the raw output of the last block. The stream after the final norm is `final`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minigpt import checkpoint, hub
+from minigpt.cache import KeyValueCache
+from minigpt.config import ACTIVATIONS, GPT2Config
+
+
+def unit_scale(*shape: int) -> nn.Parameter:
+    """A multiplier that changes nothing until it is set, and that no optimiser moves."""
+    return nn.Parameter(torch.ones(shape), requires_grad=False)
+
+
+class Attention(nn.Module):
+    """W_O concat(head_scale[h] * z_h) + b_O, with z_h the causal attention of head h."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.head_scale = unit_scale(config.n_head)
+        # reorder_and_upcast_attn asks for scores in float32, which the fused attention keeps anyway.
+        self.score_scale = 1 / math.sqrt(config.head_width) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.score_scale /= layer + 1
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each [batch, n_head, position, head_width]."""
+        return [part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2)]
+
+    def pattern(self, x: Tensor) -> Tensor:
+        """The softmax weights [batch, n_head, query, key] that `forward` leaves inside a fused kernel."""
+        q, k, _ = self.heads(x)
+        scores = q @ k.transpose(2, 3) * self.score_scale
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(future, -math.inf).softmax(dim=3)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What attention writes into the stream, from its normed copy; both [batch, position, n_embd]."""
+        q, k, v = self.heads(x)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        # Fused attention kernels have no forward-mode derivative; the plain products do.
+        forward_mode = forward_ad.unpack_dual(q).tangent is not None
+        with sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext():
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)
+        z = self.head_scale.unsqueeze(-1) * z.transpose(1, 2)  # [batch, position, n_head, head_width]
+        return self.projection(z.flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps with the activation between them."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.n_embd, config.mlp_width)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.projection = nn.Linear(config.mlp_width, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the MLP writes into the stream, from its normed copy; both [batch, position, n_embd]."""
+        return self.projection(self.activation(self.expand(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP each read a normed copy of the stream and write into it."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.attention_scale, self.mlp_scale, self.output_scale = unit_scale(), unit_scale(), unit_scale()
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The stream after this block, from the stream before it; both [batch, position, n_embd]."""
+        u = x + self.attention_scale * self.attention(self.attention_norm(x), cache)
+        y = u + self.mlp_scale * self.mlp(self.mlp_norm(u))
+        return self.output_scale * y
+
+
+class GPT2(nn.Module):
+    """GPT-2 with a scale on every block's output, attention write, MLP write and heads.
+
+    `GPT2(config)` draws fresh weights as Hugging Face does: normal with deviation `initializer_range`, divided by
+    sqrt(2 * n_layer) for the projections that write into the stream (after Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.source: checkpoint.Source | None = None
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
+        # A ModuleList; the annotation tells type checkers what is in it.
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # type: ignore[assignment]
+        self.final_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._tie()
+        self._draw_weights()
+
+    def embed(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Depth 0, of int64 ids [batch, position] from position `start` on; ValueError for ids out of range."""
+        self.config.check_ids(ids, start)
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(positions)
+
+    def depths(self, ids: Tensor, cache: KeyValueCache | None = None) -> Iterator[Tensor]:
+        """The stream at depth 0, 1, ... n_layer, one at a time: [batch, position, n_embd] each."""
+        x = self.embed(ids, cache.seen if cache is not None else 0)
+        yield x
+        for block in self.blocks:
+            x = block(x, cache)
+            yield x
+        if cache is not None:
+            cache.seen += ids.shape[1]
+
+    def residuals(self, ids: Tensor) -> Tensor:
+        """Every depth of the stream, raw: [n_layer + 1, batch, position, n_embd]."""
+        return torch.stack(torch.broadcast_tensors(*self.depths(ids)))
+
+    def attention_patterns(self, ids: Tensor) -> Tensor:
+        """What every head attends to: [n_layer, batch, n_head, query, key], rows summing to 1."""
+        streams = zip(self.blocks, self.depths(ids))  # noqa: B905  the last depth enters no block
+        patterns = [block.attention.pattern(block.attention_norm(x)) for block, x in streams]
+        return torch.stack(torch.broadcast_tensors(*patterns))
+
+    def last_depth(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The raw output of the last block: [batch, position, n_embd]."""
+        for x in self.depths(ids, cache):  # noqa: B007  only the newest depth stays in memory
+            pass
+        return x
+
+    def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits [batch, position, vocab_size] of int64 ids [batch, position]; raises as `embed` does."""
+        return self.unembed(self.final_norm(self.last_depth(ids, cache)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+    ) -> "GPT2":
+        """Load a checkpoint in Hugging Face's layout: a directory, a short name, or a hub id.
+
+        `revision` is a branch, tag or commit of the hub; `dtype` the parameters' type, whatever the file holds.
+        Raises CheckpointError, listing all that is wrong. `model.source` then says where the weights came from.
+        """
+        found = hub.find(name_or_path, revision, local_files_only)
+        config = GPT2Config.from_file(found.directory / "config.json")
+        files = checkpoint.weight_files(found.directory, found.repository)
+        with torch.device("meta"):  # shapes only: nothing is drawn, nothing is allocated
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(checkpoint.load(files, config, shapes, dtype, torch.device(device)), assign=True)
+        model._tie()
+        model.source = checkpoint.Source(str(name_or_path), found.repository, found.commit, files)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write what transformers and `from_pretrained` load back; ValueError when a scale is not 1."""
+        checkpoint.save(Path(directory), self.config, self.state_dict())
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.unembed.weight = self.token_embedding.weight
+
+    def _draw_weights(self) -> None:
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes = name.endswith("projection")
+                nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if writes else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)

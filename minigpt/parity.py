@@ -1,0 +1,348 @@
+"""Does this model compute what Hugging Face's GPT-2 computes? Checked before any study.
+
+Three ways, and `certify` takes the first that applies: a reference stored beside the weights, the
+figures that others published for the official weights, a live run of transformers.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minigpt import hub
+from minigpt.checkpoint import is_scale, write_atomically
+from minigpt.config import OFFICIAL, GPT2Config
+from minigpt.generate import generate
+from minigpt.model import GPT2
+from minigpt.scales import scales_not_one
+
+REFERENCE = "reference.safetensors"
+TOLERANCES = {
+    torch.float64: 1e-12,  # about 2e-15 was seen over 50 odd configurations; leaves room for other kernels
+    torch.float32: 1e-5,  # some hundred roundings of 6e-8 lie between ids and logits
+}
+"""Largest difference over largest value, by the parameters' type. Half types are too coarse to tell a wrong activation
+from rounding: such a model is certified in float32, and its weights must be those, rounded."""
+STORED_ROUNDING = 1.2e-7
+"""What rounding the reference to float32 adds."""
+LIVE_TOKENS = 64
+
+Run = dict[str, Tensor]
+"""What is compared: logits, depths, final, loss."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The outcome of a parity check."""
+
+    verdict: Literal["certified", "failed", "not certified"]
+    against: str
+    """What the model was compared with; empty when there was nothing."""
+    differences: dict[str, float] = field(default_factory=dict)
+    """Name -> largest difference over largest value; published figures: largest difference, absolute."""
+    tolerance: float | None = None
+    problems: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model may be called the same as the reference."""
+        return self.verdict == "certified"
+
+    def sentence(self) -> str:
+        """The outcome in a line."""
+        if not self.against:
+            return " ".join([f"{self.verdict}.", *self.problems])
+        worst = max(self.differences.items(), key=lambda item: item[1], default=None)
+        figure = f"; largest difference {worst[1]:.1e} ({worst[0]})" if worst else ""
+        limit = f", tolerance {self.tolerance:.1e}" if self.tolerance is not None else ""
+        return " ".join([f"{self.verdict} against {self.against}{figure}{limit}.", *self.problems])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity: a difference that is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.differences.items()}
+        return {**asdict(self), "differences": finite}
+
+
+class CheckError(Exception):
+    """A model, or a run of it, contradicts what it must agree with."""
+
+
+def certify(model: GPT2, live: bool = False) -> Certificate:
+    """Compare a model with the first of: a stored reference, published figures, transformers.
+
+    `live` asks for the run of transformers whatever else there is. The model's scales must be 1.
+
+    Raises ValueError when a scale is not 1, and when `live` is asked for without transformers.
+    """
+    changed = scales_not_one(model)
+    if changed:
+        raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back to 1.")
+    if model.final_norm.weight.dtype not in TOLERANCES:
+        return _in_float32(model, live)
+    stored = model.source.directory / REFERENCE if model.source else None
+    if stored and stored.is_file() and not live:
+        return _against_stored(model, stored)
+    if official_name(model) == "gpt2" and not live:
+        return _against_published(model)
+    return _against_transformers(model, live)
+
+
+def _in_float32(model: GPT2, live: bool) -> Certificate:
+    """Certify the checkpoint in float32, and the half-precision weights as its rounding."""
+    dtype = model.final_norm.weight.dtype
+    full = GPT2.from_pretrained(model.source.directory) if model.source else copy.deepcopy(model).float()
+    full.source = model.source
+    certificate = certify(full, live)
+    rounded = {name: tensor.to(dtype) for name, tensor in full.state_dict().items()}
+    same = all(torch.equal(tensor.cpu(), rounded[name].cpu()) for name, tensor in model.state_dict().items())
+    problems = () if same else (f"The weights are not the checkpoint's, rounded to {dtype}.",)
+    return replace(
+        certificate,
+        verdict=certificate.verdict if same else "failed",
+        against=f"{certificate.against}, in float32" if certificate.against else "",
+        problems=certificate.problems + problems,
+    )
+
+
+def official_name(model: GPT2) -> str | None:
+    """The short name of the official checkpoint that a model was loaded from, if it was."""
+    repository = model.source.repository if model.source else None
+    known = {long: short for short, long in hub.ALIASES.items()}
+    name = known.get(repository or "")
+    same_shape = name is not None and {**asdict(OFFICIAL[name]), **_TOKENS} == {**asdict(model.config), **_TOKENS}
+    return name if same_shape else None
+
+
+_TOKENS = {"bos_token_id": None, "eos_token_id": None}  # not part of a shape
+
+
+@torch.no_grad()
+def run(model: GPT2, ids: Tensor) -> Run:
+    """Everything that is compared, of this model: ids are int64 [batch, position]."""
+    depths = model.residuals(ids)
+    final = model.final_norm(depths[-1])
+    logits = model.unembed(final)
+    return {"logits": logits, "depths": depths, "final": final, "loss": next_token_loss(logits, ids)}
+
+
+def load_transformers(directory: Path, dtype: torch.dtype) -> Any:
+    """Hugging Face's GPT2LMHeadModel from the same folder, with attention written out, not fused."""
+    upcast = GPT2Config.from_file(directory / "config.json").reorder_and_upcast_attn
+    # transformers' written-out upcast refuses every type but float32.
+    attention = "sdpa" if upcast and dtype != torch.float32 else "eager"
+    with _quiet_transformers() as transformers:
+        return transformers.GPT2LMHeadModel.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention
+        ).eval()
+
+
+@torch.no_grad()
+def run_transformers(model: Any, ids: Tensor) -> Run:
+    """Everything that is compared, of Hugging Face's model.
+
+    Depths are caught at each block's own output, after any hook that is there already:
+    `output_hidden_states` holds the stream after the final norm in place of the last block's.
+    """
+    caught: list[Tensor] = []
+    blocks, norm = model.transformer.h, model.transformer.ln_f
+    hooks = [blocks[0].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))]
+    hooks += [b.register_forward_hook(lambda _module, _inputs, output: caught.append(output)) for b in (*blocks, norm)]
+    try:
+        with _quiet_transformers():
+            logits = model(ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    *depths, final = caught
+    # Not transformers' own loss: that one is computed in float32 whatever the model's type.
+    return {"logits": logits, "depths": torch.stack(depths), "final": final, "loss": next_token_loss(logits, ids)}
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean next-token loss in nats per token; not a number for a text of one token."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def differences(ours: Run, theirs: Run) -> dict[str, float]:
+    """Largest absolute difference over largest absolute value, for every quantity that `theirs` holds."""
+    result = {}
+    for name, their in theirs.items():
+        expected = their.double()
+        error = (ours[name].to(expected.device).double() - expected).abs().max() / expected.abs().max()
+        result[name] = float(error.nan_to_num(torch.inf))
+    return result
+
+
+def digest(model: GPT2) -> str:
+    """sha256 over the weights in memory, as float32: the same for every file layout that holds them."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not is_scale(name):
+            total.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def save_reference(directory: Path, ids: Tensor) -> None:
+    """Write reference.safetensors beside a checkpoint: what transformers computes for `ids` in float64."""
+    expected = run_transformers(load_transformers(directory, torch.float64), ids)
+    tensors = {"ids": ids, **{name: tensor.float().contiguous() for name, tensor in expected.items()}}
+    about = {
+        "weights": digest(GPT2.from_pretrained(directory)),
+        "transformers": version("transformers"),
+        "torch": version("torch"),
+    }
+    write_atomically(directory / REFERENCE, lambda file: save_file(tensors, file, about))
+
+
+def _against_stored(model: GPT2, path: Path) -> Certificate:
+    try:
+        with safe_open(path, "pt") as stored:
+            about = stored.metadata() or {}
+            expected = {name: stored.get_tensor(name) for name in ("logits", "depths", "final", "loss")}
+            ids = stored.get_tensor("ids")
+        against = f"{REFERENCE} (transformers {about['transformers']})"
+        model.config.check_ids(ids)
+    except (SafetensorError, OSError, LookupError, ValueError) as error:
+        return _certificate(path.name, {}, None, [f"{path} is broken or belongs to another model: {error}."])
+    ours = run(model, ids.to(_device(model)))
+    problems = [f"{name} have another shape." for name in expected if ours[name].shape != expected[name].shape]
+    if problems:
+        return _certificate(against, {}, None, [*problems, f"{path} belongs to another model."])
+    if digest(model) != about.get("weights"):
+        problems.append("The weights are not those that the reference was computed with.")
+    return _certificate(against, differences(ours, expected), TOLERANCES[_dtype(model)] + STORED_ROUNDING, problems)
+
+
+def _against_transformers(model: GPT2, required: bool) -> Certificate:
+    if importlib.util.find_spec("transformers") is None:
+        if required:
+            raise ValueError("A live check needs transformers; install it with: pip install 'minigpt[parity]'.")
+        return Certificate(
+            "not certified", "", problems=("There is no stored reference, no published figure, and no transformers.",)
+        )
+    generator = torch.Generator().manual_seed(0)
+    length = min(LIVE_TOKENS, model.config.n_positions)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = model.source.directory if model.source else Path(scratch)
+        if model.source is None:
+            model.save_pretrained(directory)
+        expected = run_transformers(load_transformers(directory, _dtype(model)), ids)
+    if length == 1:
+        del expected["loss"]
+    found = differences(run(model, ids.to(_device(model))), expected)
+    return _certificate(f"a live run of transformers {version('transformers')}", found, TOLERANCES[_dtype(model)], [])
+
+
+def published_figures() -> dict[str, Any]:
+    """Figures that others published for the official weights, each with its source."""
+    return json.loads(files("minigpt").joinpath("published_gpt2.json").read_text(encoding="utf-8"))
+
+
+def _against_published(model: GPT2) -> Certificate:
+    found, problems = published_differences(model, published_figures())
+    return _certificate("published figures of gpt2", found, None, problems)
+
+
+@torch.no_grad()
+def published_differences(model: GPT2, figures: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Largest absolute difference by kind of figure, and a sentence for each figure that is missed.
+
+    Each figure is held to the tolerance published with it; likeliest tokens and greedy continuations
+    must be equal.
+    """
+    found, problems = dict[str, float](), list[str]()
+    count = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_scale(name))
+    if count != figures["parameter_count"]["gpt2"]:
+        problems.append(f"The model has {count} parameters; gpt2 has {figures['parameter_count']['gpt2']}.")
+        return found, problems
+
+    def compare(kind: str, ours: Tensor, entry: dict[str, Any], expected: list[float]) -> None:
+        error = float((ours.double().cpu() - torch.tensor(expected, dtype=torch.float64)).abs().max())
+        found[kind] = max(found.get(kind, 0.0), error)
+        if not error <= entry["tolerance"]:
+            problems.append(
+                f"{kind} of {entry['ids']} differ by {error:.1e}, more than {entry['tolerance']} ({entry['source']})."
+            )
+
+    for entry in figures["logits"]:
+        logits = model(_row(model, entry["ids"]))[0]
+        compare("logits", logits[entry["position"], entry["vocab"]], entry, entry["logits"])
+        if mean := entry.get("mean_over_all_positions_and_vocab"):
+            compare("mean logit", logits.double().mean().reshape(1), entry, [mean])
+    for entry in figures["final"]:
+        final = model.final_norm(model.residuals(_row(model, entry["ids"]))[-1])[0]
+        compare("final", final[entry["position"], : len(entry["first_five"])], entry, entry["first_five"])
+    problems += _published_tokens(model, figures)
+    return found, problems
+
+
+def _published_tokens(model: GPT2, figures: dict[str, Any]) -> list[str]:
+    problems = list[str]()
+    for entry in figures["argmax"]:
+        if model(_row(model, entry["ids"]))[0].argmax(-1).tolist() != entry["next"]:
+            problems.append(f"The likeliest tokens after {entry['ids']} are not {entry['next']} ({entry['source']}).")
+    for entry in figures["greedy"]:
+        expected = entry.get("continuation_ids")
+        if expected and list(generate(model, entry["ids"], len(expected))) != expected:
+            problems.append(f"The greedy continuation of {entry['prompt']!r} is another ({entry['source']}).")
+    return problems
+
+
+def _certificate(against: str, found: dict[str, float], tolerance: float | None, problems: list[str]) -> Certificate:
+    if tolerance is not None:
+        problems = problems + [
+            f"{name} differ by more than the tolerance." for name, error in found.items() if error > tolerance
+        ]
+    versions = installed("minigpt", "torch", "transformers")
+    return Certificate("failed" if problems else "certified", against, found, tolerance, tuple(problems), versions)
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    return {package: version(package) for package in packages if importlib.util.find_spec(package)}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """transformers, imported only here, without its progress bars and remarks."""
+    import transformers  # noqa: PLC0415  slow to import, and an extra
+
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _row(model: GPT2, ids: list[int]) -> Tensor:
+    return torch.tensor([ids], device=_device(model))
+
+
+def _device(model: GPT2) -> torch.device:
+    return model.final_norm.weight.device
+
+
+def _dtype(model: GPT2) -> torch.dtype:
+    return model.final_norm.weight.dtype

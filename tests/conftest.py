@@ -1,0 +1,58 @@
+"""Models and texts that the tests share; nothing here touches the network."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if "official" not in sys.argv:  # before huggingface_hub is imported, which reads it once
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from minigpt import GPT2, GPT2Config
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "weights" / "tiny"
+SMALL = {"vocab_size": 97, "n_positions": 24, "n_embd": 36, "n_head": 3, "n_layer": 4}
+
+
+def draw(config: GPT2Config, seed: int = 0, dtype: torch.dtype = torch.float64, std: float = 0.2) -> GPT2:
+    """A model whose every weight matters: biases and norms are drawn too, and drawn large."""
+    model = GPT2(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                drawn = std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(drawn + 1 if name.endswith("norm.weight") else drawn)
+    return model
+
+
+@pytest.fixture
+def small() -> Callable[..., GPT2]:
+    """Make a small random model; arguments are fields of GPT2Config."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: object) -> GPT2:
+        return draw(GPT2Config(**{**SMALL, **fields}), seed, dtype)
+
+    return make
+
+
+@pytest.fixture
+def model(small: Callable[..., GPT2]) -> GPT2:
+    """A small random model in float64."""
+    return small()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Two random texts of ten tokens."""
+    return torch.randint(SMALL["vocab_size"], (2, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> GPT2:
+    """The embedded checkpoint, float32. Shared: tests leave it as it is."""
+    return GPT2.from_pretrained(TINY)

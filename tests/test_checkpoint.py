@@ -1,0 +1,292 @@
+"""Files on disk <-> parameters: every layout, and every way that a checkpoint can be wrong."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minigpt import GPT2, CheckpointError, scaled
+from minigpt.checkpoint import INDEX, ORIGIN, WEIGHTS, write_atomically
+
+Tensors = dict[str, Tensor]
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture
+def folder(model: GPT2, tmp_path: Path) -> Path:
+    """A saved checkpoint."""
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Change the tensors of a saved checkpoint."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def assert_same(one: GPT2, other: GPT2) -> None:
+    state = other.state_dict()
+    assert one.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+def test_saving_and_loading_is_bit_identical(model: GPT2, folder: Path) -> None:
+    assert_same(GPT2.from_pretrained(folder, dtype=torch.float64), model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_round_trip_through_transformers_is_bit_identical(
+    small: Callable[..., GPT2], tmp_path: Path, tied: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = small(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(GPT2.from_pretrained(tmp_path / "theirs", dtype=torch.float64), model)
+
+
+def test_float64_weights_never_pass_through_float32(model: GPT2, folder: Path) -> None:
+    loaded = GPT2.from_pretrained(folder, dtype=torch.float64)
+    weight = loaded.token_embedding.weight
+    assert not torch.equal(weight, weight.float().double())
+    assert torch.equal(weight, model.token_embedding.weight)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_asked_dtype_is_what_is_loaded_whatever_the_file_holds(
+    model: GPT2, folder: Path, stored: torch.dtype
+) -> None:
+    edit(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    loaded = GPT2.from_pretrained(folder)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    expected = model.token_embedding.weight.to(stored).float()
+    assert torch.equal(loaded.token_embedding.weight, expected)
+
+
+def test_keys_without_the_prefix_and_old_mask_buffers_are_read(model: GPT2, folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.uint8)
+        tensors["h.3.attn.masked_bias"] = torch.tensor(-1e4)
+
+    edit(folder, change)
+    assert_same(GPT2.from_pretrained(folder, dtype=torch.float64), model)
+
+
+def shard(folder: Path) -> None:
+    """Split a saved checkpoint in two files and an index."""
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / WEIGHTS).unlink()
+
+
+def test_shards_are_read_through_their_index(model: GPT2, folder: Path) -> None:
+    shard(folder)
+    loaded = GPT2.from_pretrained(folder, dtype=torch.float64)
+    assert_same(loaded, model)
+    assert loaded.source is not None
+    assert len(loaded.source.sha256) == 2
+
+
+def test_a_stored_unembedding_equal_to_the_embedding_is_tied(model: GPT2, folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
+    loaded = GPT2.from_pretrained(folder)
+    assert loaded.unembed.weight is loaded.token_embedding.weight
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux's list of mapped files")
+def test_weights_are_mapped_from_the_file_not_copied(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    small(dtype=torch.float32).save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path)
+    mapped = [line.split()[0].split("-") for line in MAPS.read_text().splitlines() if str(tmp_path / WEIGHTS) in line]
+    regions = [range(int(start, 16), int(end, 16)) for start, end in mapped]
+    weights = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
+    assert all(any(weight.data_ptr() in region for region in regions) for weight in weights)
+
+
+def test_an_edit_in_memory_does_not_reach_the_file(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    small(dtype=torch.float32).save_pretrained(tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        GPT2.from_pretrained(tmp_path).blocks[0].attention.qkv.weight.fill_(7.0)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+
+
+def test_saving_over_the_file_that_the_weights_are_mapped_from_keeps_them(
+    small: Callable[..., GPT2], tmp_path: Path
+) -> None:
+    model = small(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert_same(loaded, model)
+    assert_same(GPT2.from_pretrained(tmp_path), model)
+
+
+def test_the_source_says_where_the_weights_came_from(folder: Path) -> None:
+    source = GPT2.from_pretrained(folder).source
+    assert source is not None
+    assert source.directory == folder
+    assert source.commit is None
+    assert re.fullmatch("[0-9a-f]{64}", source.sha256[WEIGHTS])
+
+
+def test_a_file_that_changed_after_loading_has_no_hash(folder: Path) -> None:
+    source = GPT2.from_pretrained(folder).source
+    edit(folder, lambda tensors: tensors["transformer.wte.weight"].fill_(0))
+    with pytest.raises(CheckpointError, match="changed since"):
+        assert source is not None and source.sha256
+
+
+WRONG: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
+    "missing and unexpected, all": (
+        lambda t: [t.pop("transformer.h.1.ln_2.bias"), t.pop("transformer.ln_f.weight"), t.update(extra=torch.ones(1))],
+        ["missing: h.1.ln_2.bias", "missing: ln_f.weight", "unexpected: extra"],
+    ),
+    "wrong shape, both": (
+        lambda t: t.update({"transformer.h.0.attn.c_attn.weight": torch.ones(108, 36)}),
+        [r"wrong shape: h.0.attn.c_attn.weight is \[108, 36\], config.json asks for \[36, 108\]"],
+    ),
+    "a block too many": (
+        lambda t: t.update({"transformer.h.4.ln_1.weight": torch.ones(36)}),
+        ["unexpected: h.4.ln_1.weight"],
+    ),
+    "not a number": (
+        lambda t: t["transformer.h.2.mlp.c_fc.bias"].__setitem__(3, torch.nan),
+        ["not finite: h.2.mlp.c_fc.bias"],
+    ),
+    "infinite": (lambda t: t["transformer.wpe.weight"].__setitem__((1, 1), -torch.inf), ["not finite: wpe.weight"]),
+    "finite only in float64": (lambda t: t["transformer.wpe.weight"].fill_(1e300), ["not finite: wpe.weight"]),
+    "integers": (
+        lambda t: t.update({"transformer.ln_f.bias": torch.ones(36, dtype=torch.int32)}),
+        ["wrong type: ln_f.bias is I32"],
+    ),
+    "an unembedding of its own under tied embeddings": (
+        lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}),
+        ["lm_head.weight differs"],
+    ),
+    "with and without prefix": (
+        lambda t: t.update({"ln_f.bias": t["transformer.ln_f.bias"].clone()}),
+        ["ln_f.bias is there twice"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_everything_wrong_is_listed_at_once(folder: Path, case: str) -> None:
+    change, sentences = WRONG[case]
+    edit(folder, change)
+    with pytest.raises(CheckpointError) as error:
+        GPT2.from_pretrained(folder)
+    problems = str(error.value).split("\n  ")[1:]
+    assert len(problems) == len(sentences), problems
+    assert all(any(re.match(sentence, problem) for problem in problems) for sentence in sentences), problems
+
+
+def test_an_untied_model_needs_its_unembedding(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    small(tie_word_embeddings=False).save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"\xff" * 8, b"\x10\0\0\0\0\0\0\0{}"])
+def test_a_file_that_is_not_safetensors_is_refused(folder: Path, content: bytes) -> None:
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file") as error:
+        GPT2.from_pretrained(folder)
+    assert "missing" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(folder: Path, share: float) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        GPT2.from_pretrained(folder)
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00002"):
+        GPT2.from_pretrained(folder)
+
+
+def test_an_index_that_points_out_of_its_folder_is_refused(folder: Path) -> None:
+    shutil.move(folder / WEIGHTS, folder.parent / "outside.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../outside.safetensors"}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_a_broken_index_is_refused(folder: Path, text: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="index"):
+        GPT2.from_pretrained(folder)
+
+
+def test_a_pickle_is_refused_with_the_reason_and_the_way_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickle") as error:
+        GPT2.from_pretrained(folder)
+    assert f"from_pretrained({str(folder)!r}).save_pretrained(" in str(error.value)
+
+
+def test_another_architecture_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
+    with pytest.raises(CheckpointError, match="'opt'"):
+        GPT2.from_pretrained(folder)
+
+
+def test_a_scale_that_is_not_1_is_never_dropped(model: GPT2, tmp_path: Path) -> None:
+    with scaled(model, {"blocks.2.output_scale": 0.5}), pytest.raises(ValueError, match=r"blocks\.2\.output_scale"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(model: GPT2, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        model.save_pretrained(tmp_path / "file")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+
+    def write(file: Path) -> None:
+        file.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_weights_no_longer_claim_the_hubs_commit(model: GPT2, folder: Path) -> None:
+    (folder / ORIGIN).write_text(json.dumps({"repository": "some/model", "commit": "0" * 40}))
+    before = GPT2.from_pretrained(folder).source
+    assert before is not None and (before.repository, before.commit) == ("some/model", "0" * 40)
+    model.save_pretrained(folder)
+    after = GPT2.from_pretrained(folder).source
+    assert after is not None and (after.repository, after.commit) == (None, None)

@@ -1,0 +1,107 @@
+"""Decoding: the cache changes the speed, never the ids."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from minigpt import GPT2, generate, scaled
+
+PROMPT = [5, 17, 3]
+
+
+@pytest.fixture
+def model(small: Callable[..., GPT2]) -> GPT2:
+    """Untied, or a random model would say the same token for ever."""
+    return small(tie_word_embeddings=False)
+
+
+SCALES = {
+    "clean": {},
+    "output": {"blocks.1.output_scale": 0.5},
+    "attention": {"blocks.2.attention_scale": -1.0},
+    "heads": {"blocks.0.attention.head_scale": torch.tensor([0.0, 2.0, 1.0])},
+    "skipped block": {"blocks.3.attention_scale": 0.0, "blocks.3.mlp_scale": 0.0},
+}
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cached_and_uncached_give_the_same_ids(model: GPT2, scales: str, temperature: float) -> None:
+    with scaled(model, SCALES[scales]):
+        cached, uncached = (
+            list(generate(model, PROMPT, 20, temperature, seed=3, cached=cached)) for cached in (True, False)
+        )
+    assert cached == uncached
+    assert len(cached) == 20
+
+
+def test_scales_reach_the_generated_text(model: GPT2) -> None:
+    clean = list(generate(model, PROMPT, 20))
+    with scaled(model, SCALES["output"]):
+        assert list(generate(model, PROMPT, 20)) != clean
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model: GPT2) -> None:
+    ids = list(PROMPT)
+    for token in generate(model, PROMPT, 12):
+        assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_seed_repeats_and_another_does_not(model: GPT2) -> None:
+    draws = [list(generate(model, PROMPT, 20, 1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_the_first_of_top_k_or_a_tiny_top_p_is_greedy(model: GPT2) -> None:
+    greedy = list(generate(model, PROMPT, 15))
+    assert list(generate(model, PROMPT, 15, 2.0, top_k=1, seed=0)) == greedy
+    assert list(generate(model, PROMPT, 15, 2.0, top_p=1e-9, seed=0)) == greedy
+
+
+def test_draws_follow_the_distribution_within_top_k(model: GPT2) -> None:
+    probabilities = (model(torch.tensor([PROMPT]))[0, -1] / 5).softmax(0)
+    top = probabilities.topk(3)
+    drawn = torch.tensor([next(generate(model, PROMPT, 1, 5.0, top_k=3, seed=seed)) for seed in range(600)])
+    assert set(drawn.tolist()) == set(top.indices.tolist())
+    for token, expected in zip(top.indices, top.values / top.values.sum(), strict=True):
+        share = (drawn == token).double().mean()
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / 600).sqrt()  # four standard errors
+
+
+def test_the_end_of_text_ends_the_text(small: Callable[..., GPT2], model: GPT2) -> None:
+    endless = list(generate(model, PROMPT, 20))
+    last = next(i for i, token in enumerate(endless) if i and token not in endless[:i])
+    ending = small(tie_word_embeddings=False, eos_token_id=endless[last])
+    assert list(generate(ending, PROMPT, 20)) == endless[: last + 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "said"),
+    [
+        ([], {}, "empty"),
+        (PROMPT, {"max_new_tokens": 22}, "ask for 1 to 21"),
+        ([1] * 24, {}, "shorten"),
+        (PROMPT, {"temperature": -1.0}, "temperature"),
+        (PROMPT, {"temperature": float("nan")}, "temperature"),
+        (PROMPT, {"top_k": 0}, "top_k"),
+        (PROMPT, {"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model: GPT2, ids: list[int], settings: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        generate(model, ids, **{"max_new_tokens": 5, **settings})  # at the call, not at the first id
+
+
+def test_a_scale_that_differs_by_position_is_refused(model: GPT2) -> None:
+    with scaled(model, {"blocks.1.output_scale": torch.rand(1, 3, 1)}), pytest.raises(ValueError, match="one value"):
+        generate(model, PROMPT, 5)
+
+
+def test_scales_that_change_on_the_way_are_refused(model: GPT2) -> None:
+    with scaled(model, SCALES["output"]):
+        new = generate(model, PROMPT, 5)
+        next(new)
+    with pytest.raises(ValueError, match="inside the `with scaled`"):
+        next(new)

@@ -1,0 +1,608 @@
+"""The hub over HTTP: a server on loopback answers the real client as huggingface.co does, on good days and bad."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+from huggingface_hub import constants
+
+from minigpt import GPT2, GPT2Config, Tokenizer, hub
+from minigpt.config import CheckpointError
+
+NAME, TOKEN = "someone/tiny-gpt2", "hf_secret"
+SHAPE = GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_head=3, n_layer=2)
+IDS = torch.arange(24).view(2, 12) * 4
+NO_PROXY = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    """Commits are whole sets of files; refs are branches and tags."""
+
+    commits: dict[str, Files] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+
+
+@dataclass
+class Request:
+    path: str
+    token: str | None
+    range: str | None
+
+
+class HubError(Exception):
+    """An answer with the hub's error headers."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message}
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request: the routes of the hub that a download uses, and of the file store behind it."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+    sent = 1.0  # the part of a body that leaves before the connection is closed
+
+    def do_GET(self) -> None:
+        self.server.requests.append(Request(self.path, self.headers["Authorization"], self.headers["Range"]))
+        for part, faults in self.server.faults.items():
+            if part in self.path and (fault := next(faults, None)):
+                return fault(self)
+        return self.answer()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self) -> None:
+        try:
+            self.route(unquote(urlsplit(self.path).path))
+        except HubError as error:
+            self.send(error.status, error.headers)
+
+    def route(self, path: str) -> None:
+        if match := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
+            repository, commit = self.look_up(*match.groups())
+            siblings = [{"rfilename": file} for file in repository.commits[commit]]
+            self.send_json({"id": match[1], "sha": commit, "siblings": siblings})
+        elif match := re.fullmatch(r"/api/models/(.+?)/tree/(.+)", path):
+            repository, commit = self.look_up(*match.groups())
+            self.send_json([listed(file, content) for file, content in repository.commits[commit].items()])
+        elif match := re.fullmatch(r"/(store/)?(.+?)/resolve/(.+?)/(.+)", path):
+            self.send_file(bool(match[1]), *match.groups()[1:])
+        else:
+            self.send(404)
+
+    def look_up(self, name: str, revision: str) -> tuple[Repository, str]:
+        if name not in self.server.repositories:
+            raise HubError(401, "RepoNotFound", "Repository not found")
+        repository = self.server.repositories[name]
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, commit
+
+    def send_file(self, from_store: bool, name: str, revision: str, file: str) -> None:
+        repository, commit = self.look_up(name, revision)
+        if file not in repository.commits[commit]:
+            raise HubError(404, "EntryNotFound", "Entry not found")
+        content = repository.commits[commit][file]
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if from_store:
+            self.send_part(content)
+        elif repository.gated and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            raise HubError(403, "GatedRepo", "Access to this model is restricted")
+        elif is_large(file):
+            linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
+            # Another host name, as the real store's: the client must not take its token there.
+            location = f"http://localhost:{self.server.server_port}/store{self.path}"
+            self.send(302, {"X-Repo-Commit": commit, "Location": location, **linked})
+        else:
+            self.send(200, {"X-Repo-Commit": commit, "ETag": etag}, content)
+
+    def send_part(self, content: bytes) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        part = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        self.send(206 if start else 200, part, content[start:])
+
+    def send_json(self, value: object) -> None:
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def send(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")  # or an idle connection would outlive a stopped server
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: int(self.sent * len(body))])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+Fault = Callable[[Answer], None]
+
+
+def fail(answer: Answer) -> None:
+    answer.send(500, {"Content-Type": "text/plain"}, b"out of order")
+
+
+def cut(answer: Answer) -> None:
+    answer.sent = 0.5
+    answer.answer()
+
+
+def show_login_page(answer: Answer) -> None:
+    answer.send(200, {"Content-Type": "text/html"}, b"<html>Welcome to the hotel's network</html>")
+
+
+def listed(file: str, content: bytes) -> dict[str, object]:
+    """A file as the hub's tree lists it."""
+    digest = hashlib.sha256(content).hexdigest()
+    lfs = {"lfs": {"oid": digest, "size": len(content), "pointerSize": 130}} if is_large(file) else {}
+    return {"type": "file", "path": file, "size": len(content), "oid": digest[:40], **lfs}
+
+
+def is_large(file: str) -> bool:
+    return file.endswith((".safetensors", ".bin", ".onnx"))
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[Request] = []
+        self.faults: dict[str, Iterator[Fault]] = {}  # part of a path -> what happens instead, request by request
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def push(self, files: Files, *refs: str, name: str = NAME) -> str:
+        """Commit files to a repository; returns the commit."""
+        commit = hashlib.sha1(b"".join(files.values())).hexdigest()
+        repository = self.repositories.setdefault(name, Repository())
+        repository.commits[commit] = files
+        repository.refs |= dict.fromkeys(refs or ("main",), commit)
+        return commit
+
+    def files_asked(self) -> set[str]:
+        return {request.path.rpartition("/")[2] for request in self.requests if "/resolve/" in request.path}
+
+    def was_asked(self, part: str) -> bool:
+        return any(part in request.path for request in self.requests)
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            self.shutdown()
+            self.thread.join()
+            self.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A hub that the client of this process is pointed at, with an empty cache and no pauses between retries."""
+    server = Server()
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": False,
+        "DOWNLOAD_CHUNK_SIZE": 1024,  # so that a cut download of a small file leaves a part behind
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {**NO_PROXY, "HF_HOME": str(tmp_path)}.items():  # HF_HOME: hf_xet reads it itself
+        monkeypatch.setenv(variable, value)
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda _: None))
+    huggingface_hub.close_session()  # the client that is kept read the proxies when it was made
+    yield server
+    huggingface_hub.close_session()
+    server.stop()
+
+
+def make(folder: Path, seed: int = 0) -> tuple[GPT2, Files]:
+    """A small random model as loaded from a folder, and the files there."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        GPT2(SHAPE).save_pretrained(folder)
+    return GPT2.from_pretrained(folder), {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def published(server: Server, tmp_path: Path) -> GPT2:
+    """The model that the server's repository holds, among files that are not for this library."""
+    model, files = make(tmp_path / "published")
+    server.push({**files, "README.md": b"# Tiny", "pytorch_model.bin": b"a pickle", "onnx/model.onnx": b"a graph"})
+    return model
+
+
+def same(loaded: GPT2, expected: GPT2) -> bool:
+    return torch.equal(loaded(IDS), expected(IDS))
+
+
+def refusal(load: Callable[[], object]) -> str:
+    """The message of the CheckpointError that `load` raises: one line, with no other exception in sight."""
+    with pytest.raises(CheckpointError) as caught:
+        load()
+    error = caught.value
+    assert error.__cause__ is None
+    assert error.__suppress_context__ or error.__context__ is None
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_first_download_loads_the_model_and_records_the_commit(server: Server, published: GPT2) -> None:
+    loaded = GPT2.from_pretrained(NAME)
+    commit = server.repositories[NAME].refs["main"]
+    weights = server.repositories[NAME].commits[commit]["model.safetensors"]
+    assert same(loaded, published)
+    assert loaded.source is not None
+    assert (loaded.source.name, loaded.source.repository, loaded.source.commit) == (NAME, NAME, commit)
+    assert loaded.source.sha256 == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+
+
+def test_only_the_files_that_are_read_are_requested(server: Server, published: GPT2) -> None:
+    GPT2.from_pretrained(NAME)
+    assert server.files_asked() == {"config.json", "model.safetensors"}
+
+
+def test_second_load_downloads_no_file_again(server: Server, published: GPT2) -> None:
+    GPT2.from_pretrained(NAME)
+    server.requests.clear()
+    assert same(GPT2.from_pretrained(NAME), published)
+    assert server.files_asked() == set()
+
+
+def test_a_branch_that_moved_is_followed(server: Server, published: GPT2, tmp_path: Path) -> None:
+    GPT2.from_pretrained(NAME)
+    newer, files = make(tmp_path / "newer", seed=1)
+    commit = server.push(files)
+    assert same(loaded := GPT2.from_pretrained(NAME), newer)
+    assert loaded.source is not None
+    assert loaded.source.commit == commit
+    assert same(GPT2.from_pretrained(NAME, local_files_only=True), newer)
+
+
+@pytest.mark.parametrize("switch", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_a_cached_model_loads_offline_without_a_request(
+    server: Server, published: GPT2, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    GPT2.from_pretrained(NAME)
+    server.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
+    assert same(GPT2.from_pretrained(NAME, local_files_only=switch == "local_files_only"), published)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("switch", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_an_uncached_model_is_refused_offline_without_a_request(
+    server: Server, published: GPT2, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
+    message = refusal(lambda: GPT2.from_pretrained(NAME, local_files_only=switch == "local_files_only"))
+    assert f"{NAME} is no folder here and not in the local cache" in message
+    assert server.requests == []
+
+
+def test_a_cached_model_loads_when_the_hub_is_gone(server: Server, published: GPT2) -> None:
+    GPT2.from_pretrained(NAME)
+    server.stop()
+    assert same(GPT2.from_pretrained(NAME), published)
+
+
+def test_a_cached_model_loads_when_the_hub_is_out_of_order(server: Server, published: GPT2) -> None:
+    GPT2.from_pretrained(NAME)
+    server.faults["/"] = repeat(fail)
+    assert same(GPT2.from_pretrained(NAME), published)
+
+
+def test_an_uncached_model_is_refused_when_the_hub_is_gone(server: Server, published: GPT2) -> None:
+    server.stop()
+    assert f"{NAME} is no folder here and not in the local cache" in refusal(lambda: GPT2.from_pretrained(NAME))
+
+
+RUN_ALONE = """
+import json, sys
+from minigpt import GPT2
+source = GPT2.from_pretrained(sys.argv[1]).source
+print(json.dumps([source.commit, source.sha256]))
+"""
+
+
+def test_a_fresh_process_follows_the_environment_online_and_then_offline(
+    server: Server, published: GPT2, tmp_path: Path
+) -> None:
+    def run(**settings: str) -> list[object]:
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+        }
+        variables = {**clean, **NO_PROXY, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path), **settings}
+        command = [sys.executable, "-W", "error", "-c", RUN_ALONE, NAME]
+        return json.loads(
+            subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+        )
+
+    first = run(HF_TOKEN=TOKEN)
+    assert first[0] == server.repositories[NAME].refs["main"]
+    assert {request.token for request in server.requests if "/api/models/" in request.path} == {f"Bearer {TOKEN}"}
+    server.requests.clear()
+    assert run(HF_HUB_OFFLINE="1") == first
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("kind", ["tag", "branch", "commit"])
+def test_a_revision_is_a_tag_a_branch_or_a_commit(server: Server, published: GPT2, tmp_path: Path, kind: str) -> None:
+    other, files = make(tmp_path / "other", seed=1)
+    commit = server.push(files, "v2", "refs/pr/1")
+    revision = {"tag": "v2", "branch": "refs/pr/1", "commit": commit}[kind]
+    loaded = GPT2.from_pretrained(NAME, revision=revision)
+    assert same(loaded, other)
+    assert not same(loaded, published)
+    assert loaded.source is not None
+    assert loaded.source.commit == commit
+
+
+def test_a_wrong_revision_is_named(server: Server, published: GPT2) -> None:
+    assert "no revision 'v9'" in refusal(lambda: GPT2.from_pretrained(NAME, revision="v9"))
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "'v2' was given with the folder" in refusal(lambda: hub.find(tmp_path, revision="v2"))
+
+
+def test_a_repository_that_is_not_there_is_named(server: Server) -> None:
+    assert "no folder and no hub repository someone/else" in refusal(lambda: GPT2.from_pretrained("someone/else"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two words", "a--b/c", "too/many/parts", "./nowhere", "/nowhere", Path("nowhere"), "~no-such-user/x", "x" * 300],
+)
+def test_what_can_be_no_hub_id_and_is_no_folder_is_refused_without_a_request(server: Server, name: str | Path) -> None:
+    message = refusal(lambda: hub.find(name))
+    assert str(name) in message
+    assert "is not a folder" in message or "neither a folder nor a hub id" in message
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("token", [None, "hf_stranger"])
+def test_a_gated_repository_asks_for_a_token(
+    server: Server, published: GPT2, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
+    server.repositories[NAME].gated = True
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    message = refusal(lambda: GPT2.from_pretrained(NAME))
+    assert f"{NAME} is gated" in message
+    assert "HF_TOKEN" in message
+
+
+def test_the_token_opens_a_gated_repository_and_is_not_sent_to_the_file_store(
+    server: Server, published: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.repositories[NAME].gated = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert same(GPT2.from_pretrained(NAME), published)
+    tokens = {request.path.startswith("/store/"): request.token for request in server.requests if NAME in request.path}
+    assert tokens == {False: f"Bearer {TOKEN}", True: None}
+
+
+def test_a_token_that_no_header_can_carry_is_refused(
+    server: Server, published: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_…")  # as copied from a page that shortens it
+    assert NAME in refusal(lambda: GPT2.from_pretrained(NAME))
+
+
+def test_a_repository_with_a_pickle_only_is_refused_with_the_way_to_convert_it(server: Server, tmp_path: Path) -> None:
+    files = make(tmp_path / "made")[1]
+    server.push({"config.json": files["config.json"], "pytorch_model.bin": b"a pickle"})
+    message = refusal(lambda: GPT2.from_pretrained(NAME))
+    assert "no model.safetensors" in message
+    assert "pickle" in message
+    assert "convert it once" in message
+    assert server.files_asked() == {"config.json"}
+
+
+def test_a_repository_without_a_config_is_refused(server: Server, tmp_path: Path) -> None:
+    files = make(tmp_path / "made")[1]
+    server.push({"model.safetensors": files["model.safetensors"]})
+    assert "no config.json" in refusal(lambda: GPT2.from_pretrained(NAME))
+
+
+def test_shards_and_their_index_are_downloaded(server: Server, tmp_path: Path) -> None:
+    model, files = make(tmp_path / "made")
+    tensors = list(safetensors.torch.load(files.pop("model.safetensors")).items())
+    shards = {"model-00001-of-00002.safetensors": tensors[:5], "model-00002-of-00002.safetensors": tensors[5:]}
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name, _ in part}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    server.push({**files, **{shard: safetensors.torch.save(dict(part)) for shard, part in shards.items()}})
+    loaded = GPT2.from_pretrained(NAME)
+    assert same(loaded, model)
+    assert loaded.source is not None
+    assert set(loaded.source.sha256) == set(shards)
+
+
+def test_a_download_that_is_cut_once_is_resumed_where_it_stopped(server: Server, published: GPT2) -> None:
+    server.faults["/store/"] = iter([cut])
+    assert same(GPT2.from_pretrained(NAME), published)
+    ranges = [request.range for request in server.requests if "/store/" in request.path]
+    assert ranges[0] is None
+    assert re.fullmatch(r"bytes=[1-9]\d*-", str(ranges[1]))
+
+
+def test_a_download_that_is_cut_for_good_is_refused_and_never_taken_for_whole(server: Server, published: GPT2) -> None:
+    server.faults["/store/"] = repeat(cut)
+    assert f"The download of {NAME} failed" in refusal(lambda: GPT2.from_pretrained(NAME))
+    assert "not in the local cache" in refusal(lambda: GPT2.from_pretrained(NAME, local_files_only=True))
+    server.faults.clear()
+    assert same(GPT2.from_pretrained(NAME), published)
+
+
+@pytest.mark.parametrize("where", ["/revision/", "/tree/", "/resolve/", "/store/"])
+def test_a_hub_out_of_order_is_told_in_one_sentence(server: Server, published: GPT2, where: str) -> None:
+    server.faults[where] = repeat(fail)
+    assert NAME in refusal(lambda: GPT2.from_pretrained(NAME))
+    assert server.was_asked(where)
+
+
+@pytest.mark.parametrize("where", ["/revision/", "/tree/", "/resolve/", "/store/"])
+def test_a_login_page_in_place_of_the_hub_is_told_in_one_sentence(server: Server, published: GPT2, where: str) -> None:
+    server.faults[where] = repeat(show_login_page)
+    assert NAME in refusal(lambda: GPT2.from_pretrained(NAME))
+    assert server.was_asked(where)
+
+
+def test_a_transfer_that_xet_gives_up_is_told_in_one_sentence(server: Server, published: GPT2) -> None:
+    pytest.importorskip("hf_xet")
+    server.faults["/resolve/"] = repeat(send_to_xet)
+    server.faults["/xet-token"] = repeat(give_xet_token)
+    server.faults["/reconstructions/"] = repeat(lambda answer: answer.send(403))
+    assert NAME in refusal(lambda: GPT2.from_pretrained(NAME))
+    assert server.was_asked("/reconstructions/")
+
+
+def send_to_xet(answer: Answer) -> None:
+    commit = answer.server.repositories[NAME].refs["main"]
+    route = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{answer.server.endpoint}/xet-token"}
+    answer.send(200, {"X-Repo-Commit": commit, "ETag": '"b"', "X-Linked-Size": "1000", **route})
+
+
+def give_xet_token(answer: Answer) -> None:
+    token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "4000000000"}
+    answer.send(200, {"X-Xet-Cas-Url": answer.server.endpoint, **token})
+
+
+def test_a_short_name_stands_for_its_repository(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder has that name
+    model, files = make(tmp_path / "made")
+    server.push(files, name="openai-community/gpt2")
+    loaded = GPT2.from_pretrained("gpt2")
+    assert same(loaded, model)
+    assert loaded.source is not None
+    assert (loaded.source.name, loaded.source.repository) == ("gpt2", "openai-community/gpt2")
+    assert server.repositories.keys() == {"openai-community/gpt2"}
+
+
+def test_a_downloaded_folder_knows_its_origin_and_needs_no_network(
+    server: Server, published: GPT2, tmp_path: Path
+) -> None:
+    commit = server.repositories[NAME].refs["main"]
+    folder = tmp_path / "copies" / "tiny"
+    assert hub.download(NAME, folder) == (folder, NAME, commit)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "origin.json"}
+    assert not any(file.is_symlink() for file in folder.iterdir())
+    server.requests.clear()
+    assert hub.find(folder) == (folder, NAME, commit)
+    loaded = GPT2.from_pretrained(folder)
+    assert same(loaded, published)
+    assert loaded.source is not None
+    assert (loaded.source.repository, loaded.source.commit) == (NAME, commit)
+    assert server.requests == []
+
+
+def test_a_download_takes_its_own_files_from_a_cache_that_others_filled(
+    server: Server, published: GPT2, tmp_path: Path
+) -> None:
+    huggingface_hub.snapshot_download(NAME)
+    hub.download(NAME, tmp_path / "tiny")
+    names = {file.name for file in (tmp_path / "tiny").iterdir()}
+    assert names == {"config.json", "model.safetensors", "origin.json"}
+
+
+def test_a_download_of_a_revision_is_noted_by_its_commit(server: Server, published: GPT2, tmp_path: Path) -> None:
+    commit = server.push(make(tmp_path / "other", seed=1)[1], "v2")
+    assert hub.download(NAME, tmp_path / "tiny", revision="v2").commit == commit
+    assert hub.find(tmp_path / "tiny").commit == commit
+
+
+def test_a_download_into_a_used_folder_leaves_no_old_weights_beside_the_new(
+    server: Server, published: GPT2, tmp_path: Path
+) -> None:
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    assert "choose another folder" in refusal(lambda: hub.download(NAME, tmp_path))
+    (tmp_path / "origin.json").write_text(json.dumps({"repository": NAME, "commit": "an older one"}))
+    hub.download(NAME, tmp_path)
+    names = {file.name for file in tmp_path.iterdir() if file.is_file()}
+    assert names == {"config.json", "model.safetensors", "origin.json", "notes.txt"}
+    assert same(GPT2.from_pretrained(tmp_path), published)
+
+
+def test_a_download_into_what_is_no_folder_is_refused(server: Server, published: GPT2, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert "taken cannot be written" in refusal(lambda: hub.download(NAME, tmp_path / "taken"))
+
+
+def test_a_download_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    assert "is a folder already" in refusal(lambda: hub.download(str(tmp_path / "from"), tmp_path / "to"))
+
+
+@pytest.mark.parametrize("note", [None, "", "[]", "{}", '{"repository": "a/b"}', "null", "\x00"])
+def test_a_folder_without_a_whole_note_has_no_known_origin(tmp_path: Path, note: str | None) -> None:
+    if note is not None:
+        (tmp_path / "origin.json").write_text(note)
+    assert hub.find(tmp_path) == (tmp_path, None, None)
+
+
+@pytest.fixture
+def words(server: Server, published: GPT2) -> Server:
+    """The published model with a tokenizer of three words beside it."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "three": 2}, unk_token="one"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    repository = server.repositories[NAME]
+    server.push({**repository.commits[repository.refs["main"]], "tokenizer.json": backend.to_str().encode()})
+    return server
+
+
+def test_a_tokenizer_is_downloaded_without_the_weights(words: Server) -> None:
+    assert Tokenizer.from_pretrained(NAME).encode("three one two") == [2, 0, 1]
+    assert words.files_asked() == {"tokenizer.json"}
+
+
+def test_a_cached_tokenizer_is_not_taken_for_a_cached_model(words: Server) -> None:
+    Tokenizer.from_pretrained(NAME)
+    assert "not in the local cache" in refusal(lambda: GPT2.from_pretrained(NAME, local_files_only=True))
+
+
+def test_a_cached_model_brings_its_tokenizer_along(words: Server) -> None:
+    GPT2.from_pretrained(NAME)
+    words.requests.clear()
+    assert Tokenizer.from_pretrained(NAME, local_files_only=True).encode("two") == [1]
+    assert words.requests == []
+
+
+def test_a_repository_without_a_tokenizer_is_refused(server: Server, published: GPT2) -> None:
+    assert "no tokenizer.json" in refusal(lambda: Tokenizer.from_pretrained(NAME))

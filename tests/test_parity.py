@@ -1,0 +1,476 @@
+"""The same numbers as Hugging Face's GPT-2; and the same comparison fails when anything is off."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minigpt import GPT2, GPT2Config, generate, parity, scaled
+from minigpt.checkpoint import WEIGHTS, Source, names
+from minigpt.config import ACTIVATIONS
+from minigpt.scales import SITES, Site, scale_name
+from tests.conftest import SMALL, TINY, draw
+
+EXACT = parity.TOLERANCES[torch.float64]
+SMALL_SHAPE_LOGITS = 2e-4
+"""Absolute, float32, on logits of some tens: 124M parameters, 12 blocks, sums over 768 and 3072 terms."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"activation_function": name} for name in ACTIVATIONS},
+    "n_inner": {"n_inner": 50},
+    "scores not scaled": {"scale_attn_weights": False},
+    "scores scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "both score options": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "untied": {"tie_word_embeddings": False},
+    "one head": {"n_head": 1},
+    "one block": {"n_layer": 1},
+    "large epsilon": {"layer_norm_epsilon": 0.1},
+}
+
+
+def twin(model: GPT2, folder: Path) -> Any:
+    """Hugging Face's model with the same weights, by way of a saved checkpoint."""
+    model.save_pretrained(folder)
+    return parity.load_transformers(folder, next(model.parameters()).dtype)
+
+
+def worst(model: GPT2, theirs: Any, ids: Tensor) -> float:
+    """Largest relative difference of any quantity."""
+    return max(parity.differences(parity.run(model, ids), parity.run_transformers(theirs, ids)).values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_matches(small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, variant: str) -> None:
+    model = small(**VARIANTS[variant])
+    assert worst(model, twin(model, tmp_path), ids) < EXACT
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_head=st.integers(1, 5),
+    width=st.integers(1, 9),
+    n_layer=st.integers(1, 3),
+    vocab_size=st.integers(2, 60),
+    n_inner=st.none() | st.integers(1, 40),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    scales=st.tuples(*[st.floats(-2, 2)] * 4),
+    seed=st.integers(0, 1000),
+)
+def test_odd_configurations_match_clean_and_under_every_scale_at_once(
+    n_head: int,
+    width: int,
+    n_layer: int,
+    vocab_size: int,
+    n_inner: int | None,
+    activation: str,
+    flags: tuple[bool, bool, bool],
+    scales: tuple[float, float, float, float],
+    seed: int,
+) -> None:
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=9,
+        n_embd=n_head * width,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_inner=n_inner,
+        activation_function=activation,
+        scale_attn_weights=flags[0],
+        scale_attn_by_inverse_layer_idx=flags[1],
+        tie_word_embeddings=flags[2],
+    )
+    model = draw(config, seed)
+    ids = torch.randint(vocab_size, (2, 7), generator=torch.Generator().manual_seed(seed))
+    layer, head = seed % n_layer, seed % n_head
+    with TemporaryDirectory() as folder:
+        theirs = twin(model, Path(folder))
+        assert worst(model, theirs, ids) < EXACT
+        for site, factor in zip(SITES, scales, strict=True):
+            hook_in(theirs, site, layer, factor, head)
+        with scaled(
+            model,
+            {
+                scale_name(layer, site): value_of(model, site, factor, head)
+                for site, factor in zip(SITES, scales, strict=True)
+            },
+        ):
+            assert worst(model, theirs, ids) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_upcast_scores_match(small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small(reorder_and_upcast_attn=True, dtype=dtype)
+    assert worst(model, twin(model, tmp_path), ids) < parity.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("length", [2, SMALL["n_positions"]])
+def test_shortest_and_longest_texts_match(model: GPT2, tmp_path: Path, length: int) -> None:
+    ids = torch.arange(length)[None] * 3 % SMALL["vocab_size"]
+    assert worst(model, twin(model, tmp_path), ids) < EXACT
+
+
+def test_a_single_token_matches(model: GPT2, tmp_path: Path) -> None:
+    ids = torch.tensor([[11]])
+    theirs = parity.run_transformers(twin(model, tmp_path), ids)
+    assert theirs.pop("loss").isnan()
+    assert max(parity.differences(parity.run(model, ids), theirs).values()) < EXACT
+
+
+def test_the_loss_is_transformers_own_as_far_as_it_keeps_it(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)(ids, labels=ids).loss  # float32, whatever the model's type
+    torch.testing.assert_close(parity.run(model, ids)["loss"].float(), theirs.float(), rtol=1e-6, atol=0)
+
+
+def test_gradients_of_all_weights_match(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+    parity.next_token_loss(theirs(ids).logits, ids).backward()
+    parity.next_token_loss(model(ids), ids).backward()
+    compared = 0
+    for name, (ours, conv1d) in names(SMALL["n_layer"]).items():
+        if name == "lm_head.weight":
+            continue
+        expected = theirs.transformer.get_parameter(name).grad
+        found = model.get_parameter(ours).grad
+        assert found is not None
+        difference = (found.T if conv1d else found) - expected
+        assert difference.abs().max() < EXACT * max(1, expected.abs().max()), name
+        compared += 1
+    assert compared == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_greedy_generation_matches_with_both_caches(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    model = small(tie_word_embeddings=False)  # tied, a random model says one token for ever
+    theirs = twin(model, tmp_path)
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=19, do_sample=False)
+    ours = list(generate(model, prompt[0].tolist(), 19))
+    assert ours == expected[0, 5:].tolist()
+    assert len(set(ours)) > 5
+
+
+def test_gpt2_smalls_full_shape_matches_in_float32(tmp_path: Path) -> None:
+    model = draw(GPT2Config(), dtype=torch.float32, std=0.05)
+    ids = torch.randint(50257, (1, 16), generator=torch.Generator().manual_seed(0))
+    theirs = parity.run_transformers(twin(model, tmp_path), ids)
+    model = GPT2.from_pretrained(tmp_path)  # as it will be used: mapped from the file
+    ours = parity.run(model, ids)
+    assert 5 < theirs["logits"].abs().max() < 500
+    assert (ours["logits"] - theirs["logits"]).abs().max() < SMALL_SHAPE_LOGITS
+    assert max(parity.differences(ours, theirs).values()) < parity.TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiny_matches_a_live_run(dtype: torch.dtype) -> None:
+    certificate = parity.certify(GPT2.from_pretrained(TINY, dtype=dtype), live=True)
+    assert certificate.passed, certificate
+    assert set(certificate.differences) == {"logits", "depths", "final", "loss"}
+
+
+# The scaled model against a correct edit by hook.
+
+
+def hook_in(theirs: Any, site: Site, layer: int, factor: float, head: int) -> None:
+    """Edit Hugging Face's model as a scale would."""
+    block = theirs.transformer.h[layer]
+    if site == "output":
+        block.register_forward_hook(lambda _module, _inputs, output: output * factor)
+    elif site == "attention":
+        block.attn.register_forward_hook(lambda _module, _inputs, output: (output[0] * factor, *output[1:]))
+    elif site == "mlp":
+        block.mlp.register_forward_hook(lambda _module, _inputs, output: output * factor)
+    else:
+        scale = torch.ones(theirs.config.n_head, dtype=torch.float64).index_fill(0, torch.tensor(head), factor)
+        scale = scale.repeat_interleave(theirs.config.n_embd // theirs.config.n_head)
+        block.attn.c_proj.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * scale,))
+
+
+def value_of(model: GPT2, site: Site, factor: float, head: int) -> float | Tensor:
+    """The value of a scale that does the same."""
+    ones = torch.ones(model.config.n_head, dtype=torch.float64)
+    return ones.index_fill(0, torch.tensor(head), factor) if site == "head" else factor
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_scaled_runs_match_a_correct_hook(model: GPT2, ids: Tensor, tmp_path: Path, site: Site, layer: int) -> None:
+    theirs = twin(model, tmp_path)
+    clean = parity.run_transformers(theirs, ids)
+    hook_in(theirs, site, layer, 0.4, head=1)
+    expected = parity.run_transformers(theirs, ids)
+    with scaled(model, {scale_name(layer, site): value_of(model, site, 0.4, head=1)}):
+        found = parity.run(model, ids)
+    assert max(parity.differences(found, expected).values()) < EXACT
+    # the captures see the edited layer, and the raw last block
+    changed = (expected["depths"] - clean["depths"]).flatten(1).norm(dim=1)
+    assert (changed[: layer + 1] == 0).all()
+    assert (changed[layer + 1 :] > 0).all()
+    assert not torch.allclose(expected["depths"][-1], expected["final"])
+
+
+def test_a_hook_on_the_wrong_layer_does_not_match(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+    hook_in(theirs, "output", 1, 0.4, head=0)
+    with scaled(model, {"blocks.2.output_scale": 0.4}):
+        assert worst(model, theirs, ids) > 1e-3
+
+
+# What the classic notebook's hooks do on today's transformers: the README says so, and here it stays true.
+
+
+def test_a_hook_that_unpacks_a_tuple_raises_in_the_next_block(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden, *rest = output
+        return (hidden.clone() * 0.5, *rest)
+
+    theirs.transformer.h[2].register_forward_hook(hook)
+    with pytest.raises(TypeError):
+        theirs(ids)
+
+
+def test_an_in_place_hook_scales_the_first_row_of_the_batch_only(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+    clean = parity.run_transformers(theirs, ids)["depths"]
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        output[0].mul_(0.5)
+
+    theirs.transformer.h[2].register_forward_hook(hook)
+    changed = parity.run_transformers(theirs, ids)["depths"]
+    assert torch.equal(changed[3, 0], 0.5 * clean[3, 0])
+    assert torch.equal(changed[3, 1], clean[3, 1])
+
+
+def test_hidden_states_miss_an_edit_made_after_a_clean_run(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+    clean = theirs(ids, output_hidden_states=True).hidden_states
+    theirs.transformer.h[2].register_forward_hook(lambda _module, _inputs, output: output * 0.5)
+    changed = theirs(ids, output_hidden_states=True).hidden_states
+    assert (changed[3] - clean[3]).norm() == 0, "the edited layer reports no difference"
+    assert (changed[4] - clean[4]).norm() > 0, "it appears one layer late"
+
+
+def test_the_last_hidden_state_is_after_the_final_norm(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path)
+    last = theirs(ids, output_hidden_states=True).hidden_states[-1]
+    ours = parity.run(model, ids)
+    torch.testing.assert_close(last, ours["final"], rtol=1e-11, atol=1e-11)
+    assert (last - ours["depths"][-1]).abs().max() > 0.1
+
+
+# Sabotage: each must fail the comparison that the model passes.
+
+
+def _replace_activation(model: GPT2) -> None:
+    for block in model.blocks:
+        block.mlp.activation = ACTIVATIONS["gelu"]
+
+
+def _untranspose(model: GPT2) -> None:
+    weight = model.blocks[1].attention.projection.weight
+    weight.data = weight.data.T.clone()
+
+
+def _shift_positions(model: GPT2) -> None:
+    model.position_embedding.weight.data = model.position_embedding.weight.data.roll(1, 0)
+
+
+def _swap_norms(model: GPT2) -> None:
+    first, second = model.blocks[:2]
+    first.mlp_norm, second.mlp_norm = second.mlp_norm, first.mlp_norm
+
+
+def _sharpen_epsilon(model: GPT2) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+
+
+SABOTAGE: dict[str, Callable[[GPT2], object]] = {
+    "erf GELU for tanh": _replace_activation,
+    "dropped projection bias": lambda model: model.blocks[2].attention.projection.bias.data.zero_(),
+    "untransposed Conv1D": _untranspose,
+    "epsilon 1e-6 for 1e-5": _sharpen_epsilon,
+    "one position off": _shift_positions,
+    "norm of the wrong block": _swap_norms,
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sabotage_is_noticed(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, sabotage: str, dtype: torch.dtype
+) -> None:
+    # weights of GPT-2's own size, where an epsilon weighs as it does in real streams
+    model = draw(GPT2Config(**SMALL), dtype=dtype, std=0.05)
+    theirs = twin(model, tmp_path)
+    assert worst(model, theirs, ids) < parity.TOLERANCES[dtype]
+    SABOTAGE[sabotage](model)
+    assert worst(model, theirs, ids) > parity.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE)
+def test_sabotage_of_tiny_is_not_certified(sabotage: str) -> None:
+    model = GPT2.from_pretrained(TINY)
+    SABOTAGE[sabotage](model)
+    found = parity.certify(model)
+    assert not found.passed
+    assert max(found.differences.values()) > found.tolerance, "the numbers notice, not only the digest"
+
+
+# Certificates.
+
+
+def test_a_stored_reference_is_the_first_choice(tiny: GPT2) -> None:
+    certificate = parity.certify(tiny)
+    assert certificate.passed
+    assert "reference.safetensors" in certificate.against
+    assert max(certificate.differences.values()) < certificate.tolerance
+
+
+def test_one_weight_changed_by_a_hundredth_is_not_certified(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "copy")
+    tensors = load_file(tmp_path / "copy" / WEIGHTS)
+    weight = tensors["transformer.h.5.mlp.c_fc.weight"]
+    weight.view(-1)[weight.abs().argmax()] *= 1.01
+    save_file(tensors, tmp_path / "copy" / WEIGHTS, {"format": "pt"})
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path / "copy"))
+    assert certificate.verdict == "failed"
+    assert "not those that the reference was computed with" in certificate.sentence()
+
+
+def test_weights_edited_in_memory_are_not_certified() -> None:
+    model = GPT2.from_pretrained(TINY)
+    with torch.no_grad():
+        model.blocks[11].mlp.projection.weight[0, 0] += 1e-3
+    assert not parity.certify(model).passed
+
+
+def test_a_reference_of_another_model_fails_with_a_sentence(model: GPT2, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    shutil.copy(TINY / parity.REFERENCE, tmp_path)
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path))
+    assert certificate.verdict == "failed"
+    assert "belongs to another model" in certificate.sentence()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_certified_in_float32_and_as_their_rounding(dtype: torch.dtype) -> None:
+    model = GPT2.from_pretrained(TINY, dtype=dtype)
+    certificate = parity.certify(model)
+    assert certificate.passed
+    assert certificate.against.endswith("in float32")
+    with torch.no_grad():
+        model.blocks[3].attention.projection.bias.zero_()
+    assert "rounded to" in parity.certify(model).sentence()
+
+
+def test_a_half_model_of_no_file_is_certified_live(small: Callable[..., GPT2]) -> None:
+    assert parity.certify(small(dtype=torch.bfloat16)).passed
+
+
+def test_a_difference_that_is_not_finite_is_null_in_json(model: GPT2) -> None:
+    certificate = parity.Certificate("failed", "nothing", {"logits": float("inf"), "depths": 0.5})
+    assert json.loads(json.dumps(certificate.to_dict(), allow_nan=False))["differences"] == {
+        "logits": None,
+        "depths": 0.5,
+    }
+
+
+def test_without_reference_and_figures_a_live_run_decides(model: GPT2) -> None:
+    certificate = parity.certify(model)
+    assert certificate.passed
+    assert "live run of transformers" in certificate.against
+
+
+def test_without_anything_to_compare_with_nothing_is_certified(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    assert parity.certify(model).verdict == "not certified"
+    with pytest.raises(ValueError, match=r"minigpt\[parity\]"):
+        parity.certify(model, live=True)
+
+
+def test_a_scaled_model_is_not_asked(model: GPT2) -> None:
+    with scaled(model, {"blocks.0.output_scale": 2.0}), pytest.raises(ValueError, match="clean model"):
+        parity.certify(model)
+
+
+@pytest.fixture(scope="module")
+def official_shape(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
+    """A model that claims to be openai-community/gpt2, with random weights."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(bos_token_id=50256, eos_token_id=50256))
+    file = tmp_path_factory.mktemp("gpt2") / WEIGHTS
+    file.touch()
+    model.source = Source("gpt2", "openai-community/gpt2", "0" * 40, (file,))
+    return model
+
+
+def figures_of(model: GPT2) -> dict[str, Any]:
+    """The published figures, with the values this model gives in the place of the official ones."""
+    figures = json.loads(json.dumps(parity.published_figures()))
+    with torch.no_grad():
+        for entry in figures["logits"]:
+            logits = model(torch.tensor([entry["ids"]]))[0].double()
+            entry["logits"] = logits[entry["position"], entry["vocab"]].tolist()
+            if "mean_over_all_positions_and_vocab" in entry:
+                entry["mean_over_all_positions_and_vocab"] = float(logits.mean())
+        for entry in figures["final"]:
+            final = model.final_norm(model.residuals(torch.tensor([entry["ids"]]))[-1])
+            entry["first_five"] = final[0, entry["position"], :5].tolist()
+        for entry in figures["argmax"]:
+            entry["next"] = model(torch.tensor([entry["ids"]]))[0].argmax(-1).tolist()
+        for entry in figures["greedy"]:
+            if "continuation_ids" in entry:
+                entry["continuation_ids"] = list(generate(model, entry["ids"], len(entry["continuation_ids"])))
+    return figures
+
+
+def test_random_weights_miss_the_published_figures(official_shape: GPT2) -> None:
+    certificate = parity.certify(official_shape)
+    assert certificate.against == "published figures of gpt2"
+    assert certificate.verdict == "failed"
+    assert certificate.differences["logits"] > 1
+
+
+def test_published_figures_are_compared_to_their_tolerance(official_shape: GPT2) -> None:
+    figures = figures_of(official_shape)
+    assert parity.published_differences(official_shape, figures)[1] == []
+    figures["logits"][0]["logits"][3] += 0.002
+    figures["final"][0]["first_five"][0] += 0.02
+    figures["argmax"][0]["next"][0] += 1
+    figures["greedy"][0]["continuation_ids"][-1] += 1
+    figures["logits"][0]["mean_over_all_positions_and_vocab"] += 0.002
+    assert len(parity.published_differences(official_shape, figures)[1]) == 5
+
+
+def test_published_figures_are_of_the_right_shape_and_plausible() -> None:
+    figures = parity.published_figures()
+    assert figures["parameter_count"]["gpt2"] == 124439808
+    for entry in figures["logits"]:
+        assert len(entry["vocab"]) == len(entry["logits"])
+        assert all(-200 < value < 0 for value in entry["logits"])
+        assert 0 < entry["tolerance"] <= 0.01
+    for kind in ("logits", "argmax", "final", "greedy", "training_loss", "tokenizer", "residual_std", "perplexity"):
+        entries = figures[kind] if isinstance(figures[kind], list) else [figures[kind]]
+        assert all(entry["source"] for entry in entries)
+
+
+def test_another_shape_is_not_the_official_model(official_shape: GPT2) -> None:
+    assert parity.official_name(official_shape) == "gpt2"
+    other = GPT2(dataclasses.replace(GPT2Config(), n_layer=1, n_embd=12, vocab_size=10))
+    other.source = official_shape.source
+    assert parity.official_name(other) is None

@@ -1,0 +1,210 @@
+"""What a scale does, to the bit: the five facts that hold for any weights, and `scaled` itself."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from minigpt import GPT2, GPT2Config, scaled
+from minigpt.scales import scale_names, scales_not_one
+from tests.conftest import SMALL, TINY, draw
+
+EPSILON_DEPARTURE = 1e-5
+"""Fact 4 on weights/tiny: a norm's epsilon of 1e-5 beside a stream's variance, which is above 1 from block 1 on,
+moves a normed vector by at most 5e-6 relative; later blocks may double it."""
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 1000), layer=st.integers(0, 3), factor=st.floats(-2, 3).filter(lambda s: s != 1))
+def test_depths_before_the_site_are_bit_identical(seed: int, layer: int, factor: float) -> None:
+    model, ids = _model_and_ids(seed)
+    clean = model.residuals(ids)
+    with scaled(model, {f"blocks.{layer}.output_scale": factor}):
+        residuals = model.residuals(ids)
+    assert torch.equal(residuals[: layer + 1], clean[: layer + 1])
+    assert not torch.equal(residuals[layer + 1], clean[layer + 1])
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 1000), layer=st.integers(0, 3), factor=st.floats(-2, 3))
+def test_at_the_site_the_output_is_multiplied_exactly(seed: int, layer: int, factor: float) -> None:
+    model, ids = _model_and_ids(seed)
+    clean = model.residuals(ids)[layer + 1]
+    with scaled(model, {f"blocks.{layer}.output_scale": factor}):
+        site = model.residuals(ids)[layer + 1]
+    assert torch.equal(site, factor * clean)
+    jump = (site - clean).norm()
+    torch.testing.assert_close(jump, abs(factor - 1) * clean.norm(), rtol=1e-12, atol=1e-12)
+
+
+def test_unit_scales_are_bit_identical(model: GPT2, ids: Tensor) -> None:
+    clean = model.residuals(ids)
+    with scaled(model, dict.fromkeys(scale_names(model.config), 1.0)):
+        assert torch.equal(model.residuals(ids), clean)
+
+
+def test_unit_scales_are_bit_identical_to_a_block_without_scales(model: GPT2, ids: Tensor) -> None:
+    x = model.embed(ids)
+    for block in model.blocks:
+        u = x + block.attention(block.attention_norm(x))
+        plain = u + block.mlp(block.mlp_norm(u))
+        assert torch.equal(block(x), plain)
+        x = plain
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.5, 4.0])
+def test_scaling_an_output_is_dividing_every_later_write(
+    small: Callable[..., GPT2], ids: Tensor, factor: float
+) -> None:
+    model = small(layer_norm_epsilon=1e-15)
+    assert _departure_from_fact_4(model, ids, factor) < 1e-9
+
+
+def test_on_tiny_fact_4_departs_by_no_more_than_the_epsilon_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = GPT2.from_pretrained(TINY, dtype=torch.float64)
+    ids = torch.randint(tiny.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    departure = max(_departure_from_fact_4(tiny, ids, factor) for factor in (0.5, 1.5))
+    with capsys.disabled():
+        print(
+            f"\nscaling an output against dividing every later write, on weights/tiny with layer_norm_epsilon "
+            f"{tiny.config.layer_norm_epsilon}: departure {departure:.2e}"
+        )
+    assert 0 < departure < EPSILON_DEPARTURE
+
+
+def test_scaling_one_position_leaves_every_earlier_one_bit_identical(model: GPT2, ids: Tensor) -> None:
+    factors = torch.ones(1, 10, 1)
+    factors[:, 4] = 0.5
+    clean = model.residuals(ids)
+    with scaled(model, {"blocks.1.output_scale": factors}):
+        residuals = model.residuals(ids)
+    assert torch.equal(residuals[:, :, :4], clean[:, :, :4])
+    assert ((residuals - clean)[3:, :, 4:].norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("site", ["output_scale", "attention_scale", "mlp_scale", "attention.head_scale"])
+def test_a_batch_of_interventions_is_one_pass(model: GPT2, ids: Tensor, site: str) -> None:
+    factors = [0.5, 1.0, -1.5]
+    name = f"blocks.2.{site}"
+    with scaled(model, {name: torch.tensor(factors).view(3, 1, 1)}):
+        together = model.residuals(ids[:1])
+    for row, factor in enumerate(factors):
+        with scaled(model, {name: factor}):
+            alone = model.residuals(ids[:1])[:, 0]
+        torch.testing.assert_close(together[:, row], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_without_its_writes_passes_the_stream_on(model: GPT2, ids: Tensor) -> None:
+    with scaled(model, {"blocks.2.attention_scale": 0, "blocks.2.mlp_scale": 0}):
+        residuals = model.residuals(ids)
+    assert torch.equal(residuals[3], residuals[2])
+
+
+def test_zeroed_heads_leave_the_projection_bias(model: GPT2, ids: Tensor) -> None:
+    block = model.blocks[0]
+    normed = block.attention_norm(model.embed(ids))
+    with scaled(model, {"blocks.0.attention.head_scale": 0.0}):
+        write = block.attention(normed)
+    torch.testing.assert_close(write, block.attention.projection.bias.expand_as(write))
+
+
+def test_heads_add_up_to_the_attention_write(model: GPT2, ids: Tensor) -> None:
+    block = model.blocks[1]
+    normed = block.attention_norm(model.residuals(ids)[1])
+    parts = []
+    for head in torch.eye(3):
+        with scaled(model, {"blocks.1.attention.head_scale": head}):
+            parts.append(block.attention(normed) - block.attention.projection.bias)
+    torch.testing.assert_close(sum(parts) + block.attention.projection.bias, block.attention(normed))
+
+
+def test_scales_are_restored_also_after_an_error_and_when_nested(model: GPT2, ids: Tensor) -> None:
+    clean, before = model(ids), dict(model.named_parameters())
+    with pytest.raises(KeyError), scaled(model, {"blocks.0.output_scale": 2.0}):
+        with scaled(model, {"blocks.0.output_scale": 3.0, "blocks.1.mlp_scale": 0.0}):
+            assert model.blocks[0].output_scale == 3
+        assert model.blocks[0].output_scale == 2
+        assert model.blocks[1].mlp_scale == 1
+        raise KeyError
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert torch.equal(model(ids), clean)
+
+
+def test_an_unknown_name_lists_the_nearest(model: GPT2) -> None:
+    with pytest.raises(ValueError, match=r"blocks\.2\.output_scale"), scaled(model, {"blocks.2.ouput_scale": 0.5}):
+        pass
+    with pytest.raises(ValueError, match="no scale"), scaled(model, {"blocks.4.output_scale": 0.5}):
+        pass
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2), (2, 10, 7)])
+def test_a_shape_that_cannot_broadcast_is_refused(model: GPT2, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="broadcasts"), scaled(model, {"blocks.2.output_scale": torch.ones(shape)}):
+        pass
+
+
+def test_a_value_that_is_no_number_is_refused(model: GPT2) -> None:
+    with pytest.raises(ValueError, match="a number or a tensor"), scaled(model, {"blocks.2.output_scale": "half"}):  # type: ignore[dict-item]
+        pass
+
+
+def test_scales_not_one_finds_them_all(model: GPT2) -> None:
+    assert not scales_not_one(model)
+    with scaled(model, {"blocks.2.output_scale": 0.5, "blocks.0.attention.head_scale": torch.tensor([1, 0, 1])}):
+        assert set(scales_not_one(model)) == {"blocks.2.output_scale", "blocks.0.attention.head_scale"}
+
+
+@pytest.mark.parametrize("name", scale_names(GPT2Config(**SMALL)))
+def test_the_gradient_of_a_scale_agrees_with_central_differences(model: GPT2, ids: Tensor, name: str) -> None:
+    scale = torch.ones_like(model.get_parameter(name)).requires_grad_()
+    with scaled(model, {name: scale}):
+        (gradient,) = torch.autograd.grad(_score(model, ids), scale)
+    step = 1e-5
+    for direction in torch.eye(scale.numel(), dtype=torch.float64).view(-1, *scale.shape):
+        _, forward = jvp(lambda s: _functional(model, ids, name, s), (scale.detach(),), (direction,))
+        high, low = (_functional(model, ids, name, scale.detach() + sign * step * direction) for sign in (1, -1))
+        central = (high - low) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), central, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(forward, central, rtol=1e-6, atol=1e-9)
+
+
+def test_functional_call_with_a_scales_name_is_scaled(model: GPT2, ids: Tensor) -> None:
+    with scaled(model, {"blocks.1.mlp_scale": 0.3}):
+        expected = model(ids)
+    assert torch.equal(
+        functional_call(model, {"blocks.1.mlp_scale": torch.tensor(0.3, dtype=torch.float64)}, (ids,)), expected
+    )
+
+
+def _model_and_ids(seed: int) -> tuple[GPT2, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return draw(GPT2Config(**SMALL), seed), torch.randint(SMALL["vocab_size"], (2, 7), generator=generator)
+
+
+def _departure_from_fact_4(model: GPT2, ids: Tensor, factor: float) -> float:
+    """Largest relative difference between scaling the output of block 1 and dividing every later write."""
+    n_layer = model.config.n_layer
+    divided = {
+        f"blocks.{layer}.{site}": 1 / factor for layer in range(2, n_layer) for site in ("attention_scale", "mlp_scale")
+    }
+    with torch.no_grad(), scaled(model, {"blocks.1.output_scale": factor}):
+        by_output = model.residuals(ids)
+        final = model.final_norm(by_output[-1])
+    with torch.no_grad(), scaled(model, divided):
+        by_writes = model.residuals(ids)
+        final_by_writes = model.final_norm(by_writes[-1])
+    streams = (by_output[2:] - factor * by_writes[2:]).norm() / by_output[2:].norm()
+    return max(float(streams), float((final - final_by_writes).norm() / final.norm()))
+
+
+def _score(model: GPT2, ids: Tensor) -> Tensor:
+    return model(ids).log_softmax(-1)[..., 5].mean()
+
+
+def _functional(model: GPT2, ids: Tensor, name: str, scale: Tensor) -> Tensor:
+    logits = functional_call(model, {name: scale}, (ids,))
+    return logits.log_softmax(-1)[..., 5].mean()

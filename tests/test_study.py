@@ -1,0 +1,408 @@
+"""The divergence study as a person runs it: its numbers, its files, its refusals."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from experiments import claims, divergence, train
+from experiments.common import parse_layers, parse_numbers, results_in
+from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
+from minigpt.divergence import Statistics
+from tests.conftest import TINY
+
+Run = Callable[..., tuple[int, str, str]]
+FILES = {
+    "summary.json",
+    "divergence.csv",
+    "sweep.safetensors",
+    *(f"divergence_{name}.{kind}" for name in ("lines", "image", "relative") for kind in ("png", "svg")),
+}
+
+
+def run_main(
+    main: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Run an experiment's command line: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["experiment", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: typer.run(main))
+    captured = capfd.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the study on weights/tiny with these arguments added."""
+    return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the default study."""
+    folder = tmp_path_factory.mktemp("study") / "results"
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")
+    settings = divergence.Settings(
+        str(TINY), divergence.PROMPT, (2,), factors, "output", "float32", "cpu", None, parity=True
+    )
+    study = divergence.run_study(settings, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    divergence.write(study, folder)
+    return folder
+
+
+def rows_of(folder: Path, **wanted: object) -> list[dict[str, str]]:
+    """The rows of divergence.csv with these values."""
+    with (folder / "divergence.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
+
+
+def test_the_study_writes_its_files_and_nothing_else(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == FILES
+    assert (finished / "divergence_lines.png").read_bytes().startswith(b"\x89PNG")
+    assert "block 2 scaled" in (finished / "divergence_lines.svg").read_text()
+
+
+def test_the_table_is_tidy_and_whole(finished: Path) -> None:
+    columns = ["model", "site", "layer", "factor", "depth", "positions", "metric", "value"]
+    assert list(rows_of(finished)[0]) == columns
+    # 21 factors, 3 position sets; 13 depths and final for three measures, 13 depths for passive
+    assert len(rows_of(finished)) == 21 * 3 * (3 * 14 + 13)
+
+
+def test_an_independent_computation_with_a_hook_gives_the_same_frobenius(finished: Path) -> None:
+    theirs = parity.load_transformers(TINY, torch.float32)
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(divergence.PROMPT)])
+    clean = streams_by_hook(theirs, ids, 1.0)
+    for factor in (0.5, 0.75, 1.5):
+        expected = (streams_by_hook(theirs, ids, factor) - clean)[:, 0, 1:].flatten(1).norm(dim=1)
+        rows = rows_of(finished, factor=factor, positions="rest", metric="frobenius")
+        found = torch.tensor([float(row["value"]) for row in rows])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def streams_by_hook(theirs: Any, ids: torch.Tensor, factor: float) -> torch.Tensor:
+    """Every depth and the final norm of transformers' model with block 2 edited by a hook."""
+    hook = theirs.transformer.h[2].register_forward_hook(lambda _module, _inputs, output: output * factor)
+    result = parity.run_transformers(theirs, ids)
+    hook.remove()
+    return torch.cat([result["depths"], result["final"][None]])
+
+
+def test_the_summary_says_what_ran_and_what_came_of_it(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["parity"]["verdict"] == "certified"
+    assert re.fullmatch("[0-9a-f]{64}", summary["model"]["sha256"]["model.safetensors"])
+    assert all(check["passed"] for check in summary["checks"])
+    assert [verdict["number"] for verdict in summary["verdicts"]] == [1, 2, 3, 4, 5]
+    assert summary["versions"]["torch"] == torch.__version__
+    assert "".join(summary["tokens"]) == divergence.PROMPT
+
+
+def test_the_saved_sweep_holds_the_numbers_of_the_table(finished: Path) -> None:
+    saved = Sweep.load(finished / "sweep.safetensors").frobenius(skip=1)[0, 0, :, 0]
+    rows = rows_of(finished, factor=0.5, positions="rest", metric="frobenius")
+    assert saved.tolist() == [float(row["value"]) for row in rows[:-1]]
+
+
+def test_the_terminal_shows_the_saved_numbers(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("--factors", "0.5,1.5", "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    for place in (3, 12):
+        line = next(line for line in out.splitlines() if line.split()[:1] == [str(place)])
+        saved = [row["value"] for row in rows_of(tmp_path / "out", depth=place, positions="rest", metric="frobenius")]
+        assert line.split()[1:3] == [f"{float(value):.2f}" for value in saved]
+    assert all(f"{number}. " in out for number in range(1, 6))
+    assert "certified against" in out
+
+
+def test_quiet_prints_nothing(run: Run, tmp_path: Path) -> None:
+    assert run("--factors", "0.5", "--quiet", "--output", tmp_path / "out") == (0, "", "")
+
+
+@pytest.mark.parametrize("site", ["attention", "mlp", "head"])
+def test_every_site_runs(run: Run, tmp_path: Path, site: str) -> None:
+    code, out, err = run("--site", site, "--layers", "0,11", "--factors", "0,1,2", "--output", tmp_path / "out")
+    assert (code, err) == (0, ""), out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["verdicts"]) == 5 * (6 if site == "head" else 2)
+    last = [verdict for verdict in summary["verdicts"] if verdict["layer"] == 11]
+    assert {verdict["verdict"] for verdict in last if verdict["number"] in (3, 5)} == {"undecided"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", " the"], "one token"),
+        (["--prompt", "word " * 300], "shorten"),
+        (["--layers", "12"], "layers 0 to 11"),
+        (["--layers", "2.5"], "not a layer"),
+        (["--layers", "two"], "expected all, a list"),
+        (["--factors", "1e38"], "no longer finite at depth 3 under factor 1e+38"),
+        (["--layers", "2,2"], "different numbers"),
+        (["--factors", "nan"], "finite"),
+        (["--factors", "0.5,0.5"], "none twice"),
+        (["--factors", "0:1:0.00001"], "larger STEP"),
+        (["--factors", "0.5:inf:0.1"], "finite"),
+        (["--factors", "1.5:0.5:0.1"], "goes up"),
+        (["--site", "neuron"], "expected one of output"),
+        (["--dtype", "float8"], "expected one of float32"),
+        (["--model", "./nowhere"], "not a folder"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_nothing_is_written(
+    run: Run, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    code, out, err = run("--output", tmp_path / "out", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_folder_is_refused_unless_overwritten(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert run("--factors", "0.5", "--output", folder)[0] == 0
+    assert run("--factors", "0.5", "--output", folder)[0] == 0, "the same run replaces its own results"
+    before = (folder / "divergence.csv").read_text()
+    code, _, err = run("--factors", "0.7", "--output", folder)
+    assert code == 2
+    assert "--overwrite" in err
+    assert (folder / "divergence.csv").read_text() == before
+    assert run("--factors", "0.7", "--output", folder, "--overwrite")[0] == 0
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = run("--output", tmp_path)
+    assert (code, "holds other files" in err) == (2, True)
+    code, _, err = run("--output", tmp_path / "thesis.txt" / "results")
+    assert (code, "is not a folder" in err) == (2, True)
+
+
+def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp_path: Path) -> None:
+    model = GPT2.from_pretrained(TINY)
+    model.blocks[0].mlp.expand.weight.data *= 1.01
+    model.save_pretrained(tmp_path / "model")
+    for name in (parity.REFERENCE, "tokenizer.json"):
+        (tmp_path / "model" / name).write_bytes((TINY / name).read_bytes())
+    arguments = ("--model", tmp_path / "model", "--factors", "0.5", "--output", tmp_path / "out")
+    code, _, err = run(*arguments)
+    assert (code, "does not run" in err, (tmp_path / "out").exists()) == (1, True, False)
+    assert run(*arguments, "--no-parity")[0] == 0
+    assert "not checked" in json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
+
+
+def test_an_interrupted_write_leaves_the_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt), results_in(tmp_path) as scratch:
+        (scratch / "summary.json").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_text() == "old"
+
+
+def test_lists_and_ranges() -> None:
+    assert parse_layers("all", 3) == (0, 1, 2)
+    assert parse_layers("2,0", 3) == (2, 0)
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")
+    assert len(factors) == 21
+    assert (factors[0], factors[10], factors[20]) == (0.5, 1.0, 1.5)
+    assert parse_numbers("0:1:0.4,-2", "--factors") == (0.0, 0.4, 0.8, -2.0)
+
+
+def test_a_sweep_that_contradicts_the_oracles_ends_with_exit_code_1(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Sweep:
+        result = sweep(*arguments, **named)
+        result.statistics.difference[0, 0, 3] *= 1.01
+        return result
+
+    monkeypatch.setattr(divergence, "sweep", broken)
+    code, _, err = run("--output", tmp_path / "out")
+    assert (code, "the jump at the site" in err, (tmp_path / "out").exists()) == (1, True, False)
+
+
+def test_every_half_type_runs(run: Run, tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "float16"):
+        code, out, err = run("--dtype", dtype, "--output", tmp_path / dtype)
+        assert (code, err) == (0, "")
+        assert "in float32" in out
+
+
+# Verdicts on streams whose verdicts are known.
+
+FLAT = [2.0] * 5
+
+
+def verdicts_of(
+    curves: list[list[float]], norms: list[float], first: float = 1.0, upstream: float = 0.0
+) -> dict[int, str]:
+    """Verdicts for block 0 scaled by 0.5 and 1.5, over three positions.
+
+    `curves` are the differences of one position, for each factor, by depth and at `final`; `norms` the stream's.
+    Position 0 has `first` times both.
+    """
+    weight = torch.tensor([first, 1.0, 1.0], dtype=torch.float64)
+    clean = (torch.tensor(norms, dtype=torch.float64)[:, None] * weight)[:, None].square()
+    cells = (torch.tensor(curves, dtype=torch.float64)[..., None] * weight)[None, :, :, None].square()
+    statistics = Statistics((0,), cells, clean.expand_as(cells), clean.expand_as(cells), clean)
+    result = Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
+    return {verdict.number: verdict.verdict for verdict in claims.judge(result, [upstream])}
+
+
+def both(curve: list[float]) -> list[list[float]]:
+    return [curve, curve]
+
+
+def test_a_change_that_keeps_growing_is_not_healed() -> None:
+    assert verdicts_of(both([0, 1, 3, 9, 2]), FLAT)[3] == "holds"
+
+
+def test_growth_that_the_stream_outgrows_is_dilution_and_no_healing() -> None:
+    assert verdicts_of(both([0, 1, 1.5, 2, 2]), [2, 2, 4, 8, 1])[3] == "holds"
+
+
+def test_a_change_that_shrinks_is_healed() -> None:
+    assert verdicts_of(both([0, 1, 0.8, 0.5, 2]), FLAT)[3] == "does not hold"
+
+
+def test_a_spike_does_not_keep_growing() -> None:
+    assert verdicts_of(both([0, 1, 9, 8, 7, 2, 1]), [2.0] * 7)[3] == "does not hold"
+
+
+def test_factors_that_disagree_do_not_hold() -> None:
+    assert verdicts_of([[0, 1, 2, 3, 4], [0, 1, 0.9, 0.8, 4]], FLAT)[3] == "does not hold"
+
+
+@pytest.mark.parametrize(("first", "verdict"), [(42.0, "holds"), (1.6, "does not hold")])
+def test_the_first_token_decides_claim_4(first: float, verdict: str) -> None:
+    assert verdicts_of(both([0, 1, 2, 3, 4]), FLAT, first)[4] == verdict
+
+
+def test_only_the_raw_last_block_decides_claim_5() -> None:
+    assert verdicts_of(both([0, 1, 2, 3, 0.1]), FLAT)[5] == "does not hold", "final is far below: no block"
+    assert verdicts_of(both([0, 1, 2, 1.9, 5]), FLAT)[5] == "holds"
+    assert verdicts_of([[0, 1, 2, 1.9, 5], [0, 1, 2, 2.1, 5]], FLAT)[5] == "does not hold"
+
+
+def test_claims_1_and_2_are_true_by_construction_only_where_the_figures_agree() -> None:
+    curve = [0, 1, 2, 3, 4]
+    agreeing = verdicts_of(both(curve), FLAT)
+    assert {agreeing[1], agreeing[2]} == {"true by construction"}
+    assert verdicts_of(both(curve), FLAT, upstream=1e-9)[1] == "does not hold"
+    assert verdicts_of(both([0, 1.1, 2, 3, 4]), FLAT)[2] == "does not hold"
+    assert verdicts_of(both([0, 0, 0, 0, 0]), FLAT)[2] == "does not hold"
+
+
+def test_factor_1_alone_decides_nothing(model: GPT2, ids: torch.Tensor) -> None:
+    assert {verdict.verdict for verdict in claims.judge(sweep(model, ids, (1,), (1.0,)), [0.0])} == {"undecided"}
+
+
+# Training.
+
+TRAINING = (
+    "--n-layer",
+    2,
+    "--n-embd",
+    24,
+    "--n-head",
+    2,
+    "--n-positions",
+    16,
+    "--vocab-size",
+    300,
+    "--batch",
+    4,
+    "--warmup-steps",
+    10,
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Two short books."""
+    (tmp_path / "corpus").mkdir()
+    for name in ("one", "two"):
+        text = "".join(f"{name} sheep and {count} dogs went over the hill.\n" for count in range(300))
+        (tmp_path / "corpus" / f"{name}.txt").write_text(text)
+    return tmp_path / "corpus"
+
+
+def train_in(run_train: Run, corpus: Path, output: Path, steps: int) -> str:
+    code, out, err = run_train("--corpus", corpus, "--output", output, "--tokens", steps * 64, *TRAINING)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture
+def run_train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the training's command line."""
+    return lambda *arguments: run_main(train.main, monkeypatch, capfd, *arguments)
+
+
+def test_training_learns_and_leaves_a_certified_checkpoint(run_train: Run, corpus: Path, tmp_path: Path) -> None:
+    out = train_in(run_train, corpus, tmp_path / "out", 60)
+    losses = [float(line.split(",")[1]) for line in (tmp_path / "out" / "losses.csv").read_text().split()[1:]]
+    assert len(losses) == 60
+    assert losses[-1] < losses[0] - 1
+    assert "held-out loss of the stored checkpoint" in out
+    model = GPT2.from_pretrained(tmp_path / "out")
+    assert parity.certify(model).passed
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.vocab_size == model.config.vocab_size == 300
+
+
+def test_a_stopped_training_goes_on_to_the_identical_losses(
+    run_train: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", 5)
+    train_in(run_train, corpus, tmp_path / "whole", 20)
+    step = train.take_step
+
+    def stop_at_13(*arguments: Any) -> float:
+        if arguments[-1] == 13:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "take_step", stop_at_13)
+    assert run_train("--corpus", corpus, "--output", tmp_path / "cut", "--tokens", 20 * 64, *TRAINING)[0] == 130
+    monkeypatch.setattr(train, "take_step", step)
+    train_in(run_train, corpus, tmp_path / "cut", 20)
+    for name in ("losses.csv", "model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_training_with_other_settings_is_refused(run_train: Run, corpus: Path, tmp_path: Path) -> None:
+    train_in(run_train, corpus, tmp_path / "out", 3)
+    code, _, err = run_train("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
+    assert (code, "other settings" in err) == (2, True)
+
+
+def test_a_corpus_without_text_is_refused(run_train: Run, tmp_path: Path) -> None:
+    code, _, err = run_train("--corpus", tmp_path, "--output", tmp_path / "out")
+    assert (code, "no *.txt" in err) == (2, True)
+    (tmp_path / "short.txt").write_text("a few words")
+    code, _, err = run_train("--corpus", tmp_path, "--output", tmp_path / "out", *TRAINING)
+    assert (code, "bring more text" in err) == (2, True)
+
+
+def test_the_last_twentieth_of_every_text_is_held_out_and_nothing_is_lost(corpus: Path) -> None:
+    texts = train.read_corpus(corpus)
+    tokenizer = train.train_tokenizer(texts, 300)
+    learned, held_out = train.split(texts, tokenizer, 16)
+    first = tokenizer.encode(texts[0]).ids
+    cut = round(0.95 * len(first))
+    assert learned[: cut + 1].tolist() == [299, *first[:cut]]
+    assert held_out[: len(first) - cut + 1].tolist() == [299, *first[cut:]]
+    assert len(learned) + len(held_out) == sum(len(tokenizer.encode(text).ids) + 2 for text in texts)
