@@ -8,6 +8,7 @@ against what must be true of any weights; then five claims about the change get 
 """
 
 import csv
+import importlib.util
 import json
 import platform
 import shutil
@@ -21,7 +22,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from experiments import claims, report
+from experiments import claims
 from experiments.common import (
     SUMMARY,
     check_output,
@@ -163,9 +164,19 @@ def write(study: Study, folder: Path) -> list[str]:
             writer.writeheader()
             writer.writerows(rows)
         study.result.save(scratch / "sweep.safetensors")
-        report.draw(rows, study.result, scratch)
+        _draw(rows, study.result, scratch)
         (scratch / SUMMARY).write_text(json.dumps(study.summary(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return sorted(path.name for path in scratch.iterdir())
+
+
+def _draw(rows: list[dict[str, Any]], result: Sweep, folder: Path) -> None:
+    """The figures, where the libraries that draw them are installed."""
+    if not all(importlib.util.find_spec(package) for package in ("altair", "vl_convert")):
+        typer.echo("No figures are drawn: install Altair with pip install -e '.[report]'.", err=True)
+        return
+    from experiments import report  # noqa: PLC0415  an extra
+
+    report.draw(rows, result, folder)
 
 
 def print_study(study: Study, columns: int) -> None:

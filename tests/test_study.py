@@ -1,6 +1,7 @@
 """The divergence study as a person runs it: its numbers, its files, its refusals."""
 
 import csv
+import importlib.util
 import json
 import re
 import sys
@@ -121,6 +122,16 @@ def test_the_terminal_shows_the_saved_numbers(run: Run, tmp_path: Path) -> None:
         assert line.split()[1:3] == [f"{float(value):.2f}" for value in saved]
     assert all(f"{number}. " in out for number in range(1, 6))
     assert "certified against" in out
+
+
+def test_without_altair_the_numbers_come_without_figures(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "altair" else find(name))
+    code, _, err = run("--factors", "0.5", "--output", tmp_path / "out")
+    assert (code, "No figures" in err) == (0, True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name for name in FILES if "divergence_" not in name}
 
 
 def test_quiet_prints_nothing(run: Run, tmp_path: Path) -> None:
