@@ -91,17 +91,19 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
 
 
 @contextmanager
-def results_in(folder: Path) -> Iterator[Path]:
+def results_in(folder: Path, pattern: str) -> Iterator[Path]:
     """A scratch folder whose files move into `folder` when the body ends well; after an error nothing stays.
 
-    The summary leaves first and arrives last, so a folder with a summary is a finished run.
+    The summary leaves first and arrives last, so a folder with a summary is a finished run. Files of an
+    earlier run, by `pattern`, leave with it: no old figure stands beside new numbers.
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing."))
     try:
         yield scratch
-        (folder / SUMMARY).unlink(missing_ok=True)
+        for old in (folder / SUMMARY, *folder.glob(pattern)):
+            old.unlink(missing_ok=True)
         for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
             file.replace(folder / file.name)
     finally:

@@ -158,7 +158,7 @@ def _rows(study: Study, measure: Measure, positions: PositionSet, values: torch.
 def write(study: Study, folder: Path) -> list[str]:
     """Write every result into a folder, all or nothing; returns the files' names."""
     rows = table(study)
-    with results_in(folder) as scratch:
+    with results_in(folder, "divergence*") as scratch:
         with (scratch / "divergence.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
