@@ -13,6 +13,7 @@ import json
 import platform
 import shutil
 import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,9 @@ from experiments.common import (
 )
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.divergence import MEASURES, POSITION_SETS, Measure, PositionSet
+from minigpt.fanout import Place
 from minigpt.scales import Site, check_site
-from minigpt.sweep import self_check
+from minigpt.selfcheck import self_check
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
 
@@ -96,8 +98,7 @@ def run_study(settings: Settings, model: GPT2, tokenizer: Tokenizer, progress: b
     if certificate and not certificate.passed:
         raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
     row = torch.tensor([ids], device=model.final_norm.weight.device)
-    bar = partial(tqdm, total=model.config.n_layer + 2, unit="depth", leave=False, disable=None if progress else True)
-    result = sweep(model, row, settings.layers, settings.factors, settings.site, progress=bar)
+    result = sweep(model, row, settings.layers, settings.factors, settings.site, progress=partial(_bar, progress))
     tried = self_check(model, result)
     if tried.broken:
         found = "; ".join(f"{check.claim}: {check.figure}" for check in tried.broken)
@@ -111,6 +112,10 @@ def run_study(settings: Settings, model: GPT2, tokenizer: Tokenizer, progress: b
         result=result,
         verdicts=claims.judge(result, tried.upstream),
     )
+
+
+def _bar(shown: bool, places: Iterable[Place], total: int) -> Iterable[Place]:
+    return tqdm(places, total=total, unit="depth", leave=False, disable=None if shown else True)
 
 
 def describe(model: GPT2) -> dict[str, Any]:

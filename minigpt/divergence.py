@@ -40,6 +40,8 @@ class Statistics:
     """Inner product of the scaled and the clean stream, same axes."""
     clean: Tensor
     """Squared norm of the clean stream: [place, batch, position]."""
+    lengths: Tensor
+    """How many positions each text has: [batch]. All numbers above are 0 at the padding after them."""
 
     def frobenius(self, positions: Tensor) -> Tensor:
         """sqrt(sum over positions of norm(D)^2), in units of the stream: [layer, factor, place, batch].
@@ -77,8 +79,9 @@ class Statistics:
 
     def cosine(self, positions: Tensor) -> Tensor:
         """Mean over positions of the cosine between scaled and clean stream, -1 to 1; blind to length."""
-        cosines = self.inner / (self.scaled * self.clean).sqrt()
-        return cosines[..., positions].mean(-1).clamp(-1.0, 1.0)
+        real = positions < self.lengths[:, None]
+        cosines = (self.inner / (self.scaled * self.clean).sqrt())[..., positions]
+        return (cosines.where(real, 0.0).sum(-1) / real.sum(-1)).clamp(-1.0, 1.0)
 
     def measure(self, name: Measure, positions: PositionSet) -> Tensor:
         """A measure by name over a set of positions: [layer, factor, place, batch].
@@ -88,7 +91,7 @@ class Statistics:
         index = torch.arange(self.clean.shape[-1])[
             {"all": slice(None), "first": slice(1), "rest": slice(1, None)}[positions]
         ]
-        if not len(index):
+        if len(index) == 0 or not bool((index[0] < self.lengths).all()):
             raise ValueError(
                 f"There is no position in the set {positions!r} of a text of one token; use a longer text."
             )

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
 from minigpt.config import ACTIVATIONS, GPT2Config
+from minigpt.linear import Linear
 
 
 def unit_scale(*shape: int) -> nn.Parameter:
@@ -32,8 +33,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
+        self.projection = Linear(config.n_embd, config.n_embd)
         self.head_scale = unit_scale(config.n_head)
         # reorder_and_upcast_attn asks for scores in float32, which the fused attention keeps anyway.
         self.score_scale = 1 / math.sqrt(config.head_width) if config.scale_attn_weights else 1.0
@@ -51,8 +52,8 @@ class Attention(nn.Module):
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, -math.inf).softmax(dim=3)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What attention writes into the stream, from its normed copy; both [batch, position, n_embd]."""
+    def mix(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What every head read, a mixture of values: [batch, position, n_head, head_width]."""
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -60,8 +61,11 @@ class Attention(nn.Module):
         forward_mode = forward_ad.unpack_dual(q).tangent is not None
         with sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext():
             z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)
-        z = self.head_scale.unsqueeze(-1) * z.transpose(1, 2)  # [batch, position, n_head, head_width]
-        return self.projection(z.flatten(2))
+        return z.transpose(1, 2)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What attention writes into the stream, from its normed copy; both [batch, position, n_embd]."""
+        return self.projection((self.head_scale.unsqueeze(-1) * self.mix(x, cache)).flatten(2))
 
 
 class MLP(nn.Module):
@@ -69,9 +73,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.n_embd, config.mlp_width)
+        self.expand = Linear(config.n_embd, config.mlp_width)
         self.activation = ACTIVATIONS[config.activation_function]
-        self.projection = nn.Linear(config.mlp_width, config.n_embd)
+        self.projection = Linear(config.mlp_width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the MLP writes into the stream, from its normed copy; both [batch, position, n_embd]."""
@@ -112,7 +116,7 @@ class GPT2(nn.Module):
         # A ModuleList; the annotation tells type checkers what is in it.
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # type: ignore[assignment]
         self.final_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.unembed = Linear(config.n_embd, config.vocab_size, bias=False)
         self._tie()
         self._draw_weights()
 

@@ -22,6 +22,7 @@ def statistics_of(clean: torch.Tensor, changed: torch.Tensor, layer: int = 0) ->
         scaled=squared_norms(changed)[cell],
         inner=inner_products(changed, clean)[cell],
         clean=squared_norms(clean),
+        lengths=torch.full((clean.shape[1],), clean.shape[2]),
     )
 
 

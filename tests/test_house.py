@@ -11,12 +11,14 @@ import pytest
 from tests.conftest import ROOT, TINY
 
 ORDER = (
-    ("config", "cache"),
+    ("config", "cache", "linear"),
     ("checkpoint",),
     ("hub",),
     ("model",),
     ("scales", "tokenizer", "divergence"),
-    ("generate", "sweep"),
+    ("generate", "fanout"),
+    ("sweep",),
+    ("selfcheck",),
     ("parity",),
     ("cli",),
 )

@@ -268,7 +268,9 @@ def verdicts_of(
     weight = torch.tensor([first, 1.0, 1.0], dtype=torch.float64)
     clean = (torch.tensor(norms, dtype=torch.float64)[:, None] * weight)[:, None].square()
     cells = (torch.tensor(curves, dtype=torch.float64)[..., None] * weight)[None, :, :, None].square()
-    statistics = Statistics((0,), cells, clean.expand_as(cells), clean.expand_as(cells), clean)
+    statistics = Statistics(
+        (0,), cells, clean.expand_as(cells), clean.expand_as(cells), clean, torch.tensor([clean.shape[-1]])
+    )
     result = Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
     return {verdict.number: verdict.verdict for verdict in claims.judge(result, [upstream])}
 

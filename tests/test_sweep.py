@@ -1,16 +1,24 @@
 """The one-pass sweep against runs of its cells alone."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt import GPT2, Sweep, scaled, sweep
+from minigpt.divergence import MEASURES, POSITION_SETS
+from minigpt.fanout import Grid, Place, estimate_bytes, free_bytes, plan
 from minigpt.scales import SITES, Site, scale_name
-from minigpt.sweep import DEFAULT_FACTORS, Streams, self_check
-from tests.conftest import SMALL
+from minigpt.selfcheck import self_check
+from minigpt.sweep import DEFAULT_FACTORS, padded
+from tests.conftest import ROOT, SMALL
 
 FACTORS = (0.5, 1.0, 1.5, -2.0)
 SAME = {"rtol": 1e-11, "atol": 1e-11}  # float64: the pass's larger batch may round otherwise
@@ -39,6 +47,128 @@ def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, sit
             torch.testing.assert_close(statistics.scaled[i, j], changed.square().sum(-1), **SAME)
             torch.testing.assert_close(statistics.inner[i, j], (changed * clean).sum(-1), **SAME)
             torch.testing.assert_close(statistics.clean, clean.square().sum(-1), **SAME)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", [(4,), (0, 3, 9)])
+def test_positions_that_alone_are_scaled_are_a_column_of_the_scale(
+    model: GPT2, ids: Tensor, site: Site, positions: tuple[int, ...]
+) -> None:
+    result = sweep(model, ids, (1,), FACTORS, site, heads=(2,) if site == "head" else None, positions=positions)
+    scale = torch.ones(1, 10, 3 if site == "head" else 1, dtype=torch.float64)
+    for j, factor in enumerate(FACTORS):
+        scale[:, positions, -1] = factor
+        clean, changed = alone(model, ids, scale_name(1, site), scale)
+        torch.testing.assert_close(result.statistics.difference[0, j], (changed - clean).square().sum(-1), **SAME)
+    assert not broken(model, result)
+    # fact 5: what comes before the first scaled position cannot know of it; the pass's products may round otherwise
+    assert result.statistics.difference[..., : positions[0]].sum() < 1e-24
+
+
+def test_texts_of_different_lengths_are_what_each_is_alone(model: GPT2, ids: Tensor) -> None:
+    texts = [ids[0, :4].tolist(), ids[1].tolist(), ids[0, 3:].tolist()]
+    together = sweep(model, texts, (1, 2), FACTORS)
+    assert together.lengths.tolist() == [4, 10, 7]
+    for i, text in enumerate(texts):
+        by_itself = sweep(model, torch.tensor([text]), (1, 2), FACTORS)
+        for name in MEASURES:
+            for positions in POSITION_SETS:
+                expected = by_itself.statistics.measure(name, positions)[..., 0]
+                found = together.statistics.measure(name, positions)[..., i]
+                torch.testing.assert_close(found, expected, equal_nan=True, **SAME)
+        torch.testing.assert_close(together.frobenius(skip=2)[..., i], by_itself.frobenius(skip=2)[..., 0], **SAME)
+    assert not broken(model, together)
+
+
+def test_padding_counts_nowhere_whatever_stands_in_it(
+    model: GPT2, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [ids[0, :4].tolist(), ids[1].tolist()]
+    before = sweep(model, texts, (1,), FACTORS).statistics
+    monkeypatch.setattr(sys.modules["minigpt.sweep"], "pad_sequence", partial(pad_sequence, padding_value=96))
+    after = sweep(model, texts, (1,), FACTORS)
+    assert after.ids[0, 5] == 96
+    assert torch.equal(before.difference, after.statistics.difference)
+    assert not after.statistics.clean[:, 0, 4:].any()
+
+
+def test_a_stream_that_sees_the_padding_would_be_noticed(model: GPT2, ids: Tensor) -> None:
+    text = ids[:1, :4]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)  # on the left: every position sees it
+    on_the_left = sweep(model, padded, (1,), FACTORS).statistics.difference[..., 3:]
+    assert not torch.allclose(on_the_left, sweep(model, text, (1,), FACTORS).statistics.difference, **SAME)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_result_does_not_depend_on_the_split_into_passes(small: Callable[..., GPT2], site: Site) -> None:
+    model, texts = small(dtype=torch.float32), [list(range(length)) for length in (9, 5, 7, 2, 9)]
+    whole = sweep(model, texts, (3, 1), FACTORS, site)
+    grid = Grid.checked(model, (3, 1), FACTORS, site, None, None, 9)
+    least = estimate_bytes(model, grid, 1, 9, 2)
+    for max_bytes in (least, least + 20_000, 2 * least):
+        parts = plan(model, grid, *padded(texts), max_bytes)
+        assert len(parts) > 1
+        assert all(estimate_bytes(model, grid, *part.ids.shape, 1 + len(part.cells)) <= max_bytes for part in parts)
+        split = sweep(model, texts, (3, 1), FACTORS, site, max_bytes=max_bytes)
+        torch.testing.assert_close(split.frobenius(), whole.frobenius(), rtol=1e-5, atol=1e-5)
+        assert not broken(model, split)
+    with pytest.raises(ValueError, match=f"max_bytes is {least - 1}; one text of 9 tokens .* takes {least}"):
+        sweep(model, texts, (3, 1), FACTORS, site, max_bytes=least - 1)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_only_the_blocks_that_remain_are_run(model: GPT2, ids: Tensor, site: Site) -> None:
+    tokens = {"attention": [0] * 4, "mlp": [0] * 4, "unembedding": [0]}
+
+    def count(into: list[int], layer: int, _module: object, inputs: tuple[Tensor], _output: object) -> None:
+        into[layer] += inputs[0].shape[0]
+
+    for layer, block in enumerate(model.blocks):
+        block.attention.qkv.register_forward_hook(partial(count, tokens["attention"], layer))
+        block.mlp.register_forward_hook(partial(count, tokens["mlp"], layer))
+    model.unembed.register_forward_hook(partial(count, tokens["unembedding"], 0))
+    sweep(model, ids, (1, 2), FACTORS, site, heads=(0,) if site == "head" else None)
+    rows = torch.tensor([1, 1, 4, 7])  # the clean run, and three factors of each layer behind it: factor 1 is not run
+    joins_before_the_mlp = torch.tensor([0, 3, 3, 0]) * (site in ("attention", "head"))
+    assert tokens["attention"] == (2 * rows).tolist()
+    assert tokens["mlp"] == (2 * (rows + joins_before_the_mlp)).tolist()
+    assert tokens["unembedding"] == [0]
+
+
+MEASURED = """
+import sys, torch
+from minigpt import GPT2, GPT2Config
+from minigpt.fanout import Grid, estimate_bytes, plan
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+site, texts, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = GPT2(GPT2Config(n_embd=384, n_layer=3, n_head=6, n_positions=length, vocab_size=512))
+grid = Grid.checked(model, None, [0.5 + 0.1 * i for i in range(9)], site, None, None, length)
+ids, lengths = torch.zeros(texts, length, dtype=torch.long), torch.full((texts,), length)
+for _ in plan(model, grid, ids[:, :8], lengths.clamp(max=8), None)[0].places():
+    pass  # what every process loads once
+(part,) = plan(model, grid, ids, lengths, None)
+open("/proc/self/clear_refs", "w").write("5")
+before = kilobytes("VmRSS")
+for _ in part.places():
+    pass
+estimate = estimate_bytes(model, grid, texts, length, 1 + len(part.cells))
+print((kilobytes("VmHWM") - before) * 1024 / estimate)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize(("site", "texts", "length"), [("output", 1, 1024), ("head", 2, 128), ("mlp", 8, 128)])
+def test_the_measured_peak_is_within_the_estimate(site: str, texts: int, length: int) -> None:
+    command = [sys.executable, "-c", MEASURED, site, str(texts), str(length)]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert 0.3 < ratio <= 1.3
+
+
+def test_what_is_free_is_less_than_the_machine_has(tmp_path: Path) -> None:
+    assert 0 < free_bytes(torch.device("cpu")) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_sweep_of_another_layer_is_not_the_same(model: GPT2, ids: Tensor) -> None:
@@ -71,7 +201,7 @@ def test_the_default_is_every_layer_and_21_factors(model: GPT2, ids: Tensor) -> 
     assert result.factors[10] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("site", SITES)
 def test_self_check_passes(small: Callable[..., GPT2], ids: Tensor, site: Site, dtype: torch.dtype) -> None:
     model = small(dtype=dtype)
@@ -136,10 +266,11 @@ def test_leaving_out_every_position_is_refused(model: GPT2, ids: Tensor, skip: i
 def test_progress_sees_every_place(model: GPT2, ids: Tensor) -> None:
     seen: list[int] = []
 
-    def watch(places: Iterable[Streams]) -> Iterator[Streams]:
-        for streams, cells in places:
-            seen.append(len(cells))
-            yield streams, cells
+    def watch(places: Iterable[Place], total: int) -> Iterator[Place]:
+        for place in places:
+            seen.append(len(place.cells))
+            yield place
+        assert total == len(seen)
 
     sweep(model, ids, (1, 2), FACTORS, progress=watch)
     assert seen == [0, 0, 3, 6, 6, 6]
@@ -154,11 +285,13 @@ def test_a_model_of_one_block_can_be_swept(small: Callable[..., GPT2], ids: Tens
 
 
 def test_saving_and_loading_gives_the_same_sweep(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
-    result = sweep(model, ids, (0, 3), FACTORS, "head", heads=(2, 0))
+    result = sweep(model, ids, (0, 3), FACTORS, "head", heads=(2, 0), positions=(1, 2))
     result.save(tmp_path / "sweep.safetensors")
     loaded = Sweep.load(tmp_path / "sweep.safetensors")
     assert (loaded.site, loaded.layers, loaded.heads, loaded.factors) == ("head", (0, 0, 3, 3), (2, 0, 2, 0), FACTORS)
     assert torch.equal(loaded.ids, ids)
+    assert loaded.positions == (1, 2)
+    assert loaded.lengths.tolist() == [10, 10]
     assert torch.equal(loaded.frobenius(), result.frobenius())
 
 
@@ -182,11 +315,17 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
         ({"site": "neuron"}, "neuron"),
         ({"heads": (0,)}, "site 'head'"),
         ({"site": "head", "heads": (3,)}, "from 0 to 2"),
+        ({"positions": (10,)}, "positions are .10,.; .* from 0 to 9"),
+        ({"positions": ()}, "positions"),
+        ({"ids": []}, "at least one text"),
+        ({"ids": [[1, 2], []]}, "at least one token"),
+        ({"ids": [[1, 97]]}, "0 to 96"),
+        ({"ids": torch.zeros(3, dtype=torch.long)}, "batch, position"),
     ],
 )
 def test_a_grid_out_of_range_is_refused(model: GPT2, ids: Tensor, arguments: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        sweep(model, ids, **arguments)
+        sweep(model, **{"ids": ids, **arguments})
 
 
 def test_a_model_that_is_not_clean_is_refused(model: GPT2, ids: Tensor) -> None:

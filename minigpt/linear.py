@@ -1,0 +1,36 @@
+"""Linear maps, on the faster of PyTorch's two float32 matrix products.
+
+On x86 processors PyTorch carries two libraries for products of matrices. `nn.Linear` in float32 uses
+MKL, which leaves the AVX-512 units of AMD's processors unused; oneDNN uses them (measured in
+BENCHMARKS.md). Both round in the same way, to different last bits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`; where no derivative is asked for, its float32 product on a CPU runs in oneDNN.
+
+    `torch.backends.mkldnn.enabled = False` keeps to `nn.Linear`'s own.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias: [..., in_features] -> [..., out_features]."""
+        if _onednn is not None and self._only_values_of(x):
+            return _onednn(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+    def _only_values_of(self, x: Tensor) -> bool:
+        """Whether this is plain inference in float32 on the CPU: oneDNN's product knows no derivatives and no vmap."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.backends.mkldnn.enabled:
+            return False
+        tensors = [x, self.weight] if self.bias is None else [x, self.weight, self.bias]
+        return (
+            all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+            and torch._C._functorch.peek_interpreter_stack() is None  # no torch.func transform is under way
+            and all(unpack_dual(tensor).tangent is None for tensor in tensors)
+        )

@@ -1,0 +1,136 @@
+"""What must be true of every sweep, whatever the weights are, tried on a finished one.
+
+Clean and scaled rows of a pass share their prefix, so "nothing changes before the site" is true
+there by construction. Here a cell of every entry is computed again in a run of its own, by `scaled` and
+`residuals`, which share nothing with the pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt.divergence import squared_norms
+from minigpt.model import GPT2
+from minigpt.scales import scale_name, scaled
+from minigpt.sweep import Sweep
+
+JUMP_ROUNDINGS = 4
+"""The jump at the site may be off by this many roundings of the parameters' type, relative to the scaled stream:
+s * x is rounded once per element; the difference and its norm, always float64, add as much again for float64 models."""
+CELL_ROUNDINGS = 80
+"""A cell of the pass may differ from the same cell alone by this many roundings, relative (1e-5 in float32): matrix
+products over another number of rows add up in another order."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the facts that hold for any weights, tried on a finished sweep."""
+
+    claim: str
+    passed: bool
+    figure: float
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """All the facts tried on a sweep."""
+
+    checks: tuple[Check, ...]
+    upstream: tuple[float, ...]
+    """For every entry, the largest difference before its site, of a run that shares nothing with the clean one."""
+
+    @property
+    def broken(self) -> list[Check]:
+        """The checks that did not pass."""
+        return [check for check in self.checks if not check.passed]
+
+
+@torch.no_grad()
+def self_check(model: GPT2, result: Sweep) -> SelfCheck:
+    """Try a sweep against what must be true whatever the weights are; nothing here trusts the shared pass.
+
+    For every entry the cell farthest from factor 1 is computed again by `scaled` and `depths`, in a
+    run of its own.
+    """
+    weight = model.final_norm.weight
+    ids, rounding = result.ids.to(weight.device), torch.finfo(weight.dtype).eps
+    clean = list(model.depths(ids))
+    upstream, error = zip(*(_cell_alone(model, result, entry, ids, clean) for entry in range(len(result.layers))))  # noqa: B905
+    checks = [
+        _rows_scaled(result),
+        *([_jump(result, weight.dtype, rounding)] if result.site == "output" else []),
+        _factor_1(model, result, ids, clean),
+        Check("a run of its own changes nothing upstream of its site, bit for bit", max(upstream) == 0, max(upstream)),
+        Check(
+            "a run of its own gives the sweep's norm at every depth",
+            max(error) <= CELL_ROUNDINGS * rounding,
+            max(error),
+        ),
+    ]
+    return SelfCheck(tuple(checks), upstream)
+
+
+def _at_site(result: Sweep, numbers: Tensor) -> Tensor:
+    """Numbers of every cell right after its studied block: [layer, factor, batch, position]."""
+    entries = torch.arange(len(result.layers))
+    return numbers[entries, :, torch.tensor(result.layers) + 1]
+
+
+def _applied(result: Sweep, factor: float) -> Tensor:
+    """What every position was multiplied by: [position], float64."""
+    if result.positions is None:
+        return torch.full((result.ids.shape[1],), factor, dtype=torch.float64)
+    ones = torch.ones(result.ids.shape[1], dtype=torch.float64)
+    return ones.index_fill_(0, torch.tensor(result.positions), factor)
+
+
+def _real(result: Sweep) -> Tensor:
+    """Which positions are a text's own, and not padding: [batch, position]."""
+    return torch.arange(result.ids.shape[1]) < result.lengths[:, None]
+
+
+def _rows_scaled(result: Sweep) -> Check:
+    """Every scaled position of every row of every cell must differ at the site, and nothing of factor 1."""
+    differs = _at_site(result, result.statistics.difference) > 0
+    applied = torch.stack([_applied(result, factor) for factor in result.factors]) != 1
+    expected = (applied[:, None] & _real(result)).expand_as(differs)
+    unchanged = torch.tensor([factor == 1 for factor in result.factors])[:, None, None]
+    wrong = int(((expected & ~differs) | (unchanged & differs)).flatten(2).any(-1).sum())
+    where = "every position" if result.positions is None else "every scaled position"
+    claim = f"all {int(expected.flatten(2).any(-1).sum())} scaled rows differ at {where}, and no other row"
+    return Check(claim, wrong == 0, wrong)
+
+
+def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
+    as_applied = torch.tensor(result.factors, dtype=dtype).tolist()
+    factors = torch.stack([_applied(result, factor) for factor in as_applied])[:, None]  # [factor, 1, position]
+    norm = result.statistics.clean[torch.tensor(result.layers) + 1].sqrt()[:, None]
+    departure = (_at_site(result, result.statistics.difference).sqrt() - (factors - 1).abs() * norm).abs()
+    relative = departure / (norm * factors.abs().clamp_min(rounding))
+    error = float(relative.where(_real(result), 0.0).max())
+    return Check("the jump at the site is |s - 1| times the stream's norm", error <= JUMP_ROUNDINGS * rounding, error)
+
+
+def _factor_1(model: GPT2, result: Sweep, ids: Tensor, clean: list[Tensor]) -> Check:
+    with scaled(model, {scale_name(result.layers[0], result.site): 1.0}):
+        departure = max(float((x - same).abs().max()) for x, same in zip(model.depths(ids), clean, strict=True))
+    return Check("factor 1, run by itself, is bit-identical to the clean run", departure == 0, departure)
+
+
+def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list[Tensor]) -> tuple[float, float]:
+    """Largest difference upstream, and largest relative departure from the sweep's norms, of a run of its own."""
+    layer, farthest = result.layers[entry], max(range(len(result.factors)), key=lambda j: abs(result.factors[j] - 1))
+    scale = _applied(result, result.factors[farthest])[:, None]
+    if result.heads is not None:
+        ones = torch.ones(len(scale), model.config.n_head, dtype=torch.float64)
+        scale = ones.index_copy_(1, torch.tensor([result.heads[entry]]), scale)
+    real, in_pass = _real(result), result.statistics.difference[entry, farthest]
+    upstream, error = 0.0, 0.0
+    with scaled(model, {scale_name(layer, result.site): scale[None]}):
+        for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):
+            alone = squared_norms(x.double() - before).cpu().where(real, 0.0).sum(-1).sqrt()
+            apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / alone.clamp_min(torch.finfo(torch.float64).tiny)
+            upstream = max(upstream, float((x - before).abs().max())) if depth <= layer else upstream
+            error = max(error, float(apart.max()))
+    return upstream, error
