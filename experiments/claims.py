@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minigpt import Sweep
+from experiments.curves import Curves, describe_entry
 
 ORDER_OF_MAGNITUDE = math.sqrt(10)
 """A ratio above this is nearer to 10 than to 1 on a logarithmic scale: "about an order of magnitude"."""
@@ -46,7 +46,7 @@ class Verdict:
     @property
     def where(self) -> str:
         """The site in words."""
-        return _where(self.layer, self.head)
+        return describe_entry(self.layer, self.head)
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json, which knows no NaN: a figure that is not finite becomes null."""
@@ -59,25 +59,16 @@ def _finite(value: float | list[float]) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _where(layer: int, head: int | None) -> str:
-    return f"block {layer}" if head is None else f"block {layer}, head {head}"
-
-
-def where(result: Sweep, entry: int) -> str:
-    """The block, and head, of an entry of a sweep, in words."""
-    return _where(result.layers[entry], result.heads[entry] if result.heads else None)
-
-
-def judge(result: Sweep, upstream: Sequence[float]) -> list[Verdict]:
-    """Every claim's verdict for every entry of the sweep, over its first text.
+def judge(curves: Curves, upstream: Sequence[float]) -> list[Verdict]:
+    """Every claim's verdict for every entry of the sweep: of its text, or of the mean over its windows.
 
     `upstream` is, for every entry, the largest difference before its site of a run that shares nothing
     with the clean one.
     """
     verdicts = list[Verdict]()
-    for entry, layer in enumerate(result.layers):
-        case = Case.of(result, entry, upstream[entry])
-        head = result.heads[entry] if result.heads else None
+    for entry, layer in enumerate(curves.layers):
+        case = Case.of(curves, entry, upstream[entry])
+        head = curves.heads[entry] if curves.heads else None
         for number, (claim, decide) in enumerate(CLAIMS, start=1):
             verdicts.append(Verdict(number, layer, head, claim, *_decide(decide, case)))
     return verdicts
@@ -97,26 +88,31 @@ class Case:
     relative: Tensor
     final: Tensor
     """[factor], of the stream after the final norm."""
-    clean: Tensor
-    """Squared norm of the clean stream: [depth, position]."""
+    first: Tensor
+    """Norm of position 0's clean stream: [depth]."""
+    others: Tensor
+    """Mean norm of the other positions': [depth]."""
+    norm_at_site: float
+    """Norm of the clean stream at the site."""
     upstream: float
     """Largest difference before the site, of a run that shares nothing with the clean one."""
 
     @classmethod
-    def of(cls, result: Sweep, entry: int, upstream: float) -> "Case":
-        """The curves of one entry of the axis `layer`, first text."""
-        changed = [j for j, factor in enumerate(result.factors) if factor != 1]
-        statistics = result.statistics
-        rest = statistics.measure("frobenius", "rest")[entry, changed, :, 0]
+    def of(cls, curves: Curves, entry: int, upstream: float) -> "Case":
+        """The curves of one entry of the axis `layer`."""
+        changed = [j for j, factor in enumerate(curves.factors) if factor != 1]
+        site, rest = curves.layers[entry] + 1, curves.of("frobenius", "rest")[entry, changed]
         return cls(
-            output=result.site == "output",
-            site=result.layers[entry] + 1,
-            factors=[result.factors[j] for j in changed],
+            output=curves.site == "output",
+            site=site,
+            factors=[curves.factors[j] for j in changed],
             rest=rest[:, :-1],
-            everything=statistics.measure("frobenius", "all")[entry, changed, :-1, 0],
-            relative=statistics.measure("relative", "rest")[entry, changed, :-1, 0],
+            everything=curves.of("frobenius", "all")[entry, changed, :-1],
+            relative=curves.of("relative", "rest")[entry, changed, :-1],
             final=rest[:, -1],
-            clean=statistics.clean[:-1, 0],
+            first=curves.norms[0, :-1],
+            others=curves.norms[1, :-1],
+            norm_at_site=float(curves.norms[2, site]),
             upstream=upstream,
         )
 
@@ -142,12 +138,13 @@ def _jump(case: Case) -> Decision:
         sentence = f"From 0 before the block to {jump[0]:.4g} after it at factor {case.factors[0]:g}."
         return _verdict(bool((jump > 0).all())), sentence, figures
     distance = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs()
-    norm = case.clean[case.site, 1:].sum().sqrt()
     sentence = (
         f"The difference at depth {case.site} is what was put there, |s - 1| times the stream's norm, whatever the "
         f"weights are: {jump[0]:.4g} at factor {case.factors[0]:g}."
     )
-    agrees = bool(((jump - distance * norm).abs() <= JUMP_TOLERANCE * norm).all() and (jump > 0).all())
+    agrees = bool(
+        ((jump - distance * case.norm_at_site).abs() <= JUMP_TOLERANCE * case.norm_at_site).all() and (jump > 0).all()
+    )
     return "true by construction" if agrees else "does not hold", sentence, figures
 
 
@@ -182,8 +179,7 @@ def _growth(case: Case) -> Decision:
 
 def _first_token(case: Case) -> Decision:
     ratios = (case.everything[:, case.site :] / case.rest[:, case.site :]).median(0).values
-    others = case.clean[:, 1:].sqrt().mean(1)
-    norms = case.clean[:, 0].sqrt() / others
+    norms = case.first / case.others
     peak = int(norms.argmax())
     sentence = (
         f"With the first token the difference is {ratios[0]:.3g} times as large at the site and {ratios[-1]:.3g} at "
@@ -192,8 +188,8 @@ def _first_token(case: Case) -> Decision:
     )
     figures: Figures = {
         "all_over_rest_by_depth_from_site": ratios.tolist(),
-        "norm_of_position_0_by_depth": case.clean[:, 0].sqrt().tolist(),
-        "mean_norm_of_other_positions_by_depth": others.tolist(),
+        "norm_of_position_0_by_depth": case.first.tolist(),
+        "mean_norm_of_other_positions_by_depth": case.others.tolist(),
     }
     return _verdict(bool(ratios.median() > ORDER_OF_MAGNITUDE)), sentence, figures
 

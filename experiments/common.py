@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,21 @@ from typing import Any
 from minigpt import Tokenizer
 
 SUMMARY = "summary.json"
+SCRATCH = ".writing."
 MOST_NUMBERS = 10_000
 """Of a range: enough for any curve, few enough not to fill the memory by a slip of the finger."""
 
 
-def parse_layers(text: str, n_layer: int) -> tuple[int, ...]:
-    """`2`, `2,5`, `0:11:1` or `all`. Raises ValueError for anything else, and for a layer out of range."""
+def parse_indices(text: str, count: int, what: str) -> tuple[int, ...]:
+    """`2`, `2,5`, `0:11:1` or `all`: of layers, heads or positions. Raises ValueError for anything else."""
     if text == "all":
-        return tuple(range(n_layer))
-    layers = []
-    for value in parse_numbers(text, "--layers", "all, a list such as 2,5 or a range such as 0:11:1"):
-        if value != int(value) or not 0 <= value < n_layer:
-            raise ValueError(f"--layers {text}: {value:g} is not a layer; the model has layers 0 to {n_layer - 1}.")
-        layers.append(int(value))
-    return tuple(layers)
+        return tuple(range(count))
+    indices, option = [], f"--{what}s"
+    for value in parse_numbers(text, option, "all, a list such as 2,5 or a range such as 0:11:1"):
+        if value != int(value) or not 0 <= value < count:
+            raise ValueError(f"{option} {text}: {value:g} is not a {what}; the model has {what}s 0 to {count - 1}.")
+        indices.append(int(value))
+    return tuple(indices)
 
 
 def parse_numbers(
@@ -73,14 +74,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, n_positions: int) -> list[i
     return ids
 
 
-def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Refuse, with a ValueError, a folder that cannot be written or that holds anything but this very run."""
+def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: Sequence[str]) -> None:
+    """Refuse, with a ValueError, a folder that cannot be written or that holds anything but this very run.
+
+    Files by the patterns `own` that stand there without a summary are the remains of a run that was killed.
+    """
     parent = folder if folder.exists() else next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir():
         raise ValueError(f"--output {folder}: {parent} is not a folder.")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--output {folder}: {parent} cannot be written; choose another folder.")
-    if overwrite or not folder.exists() or not any(folder.iterdir()):
+    if overwrite or not folder.exists():
+        return
+    foreign = [path for path in folder.iterdir() if not any(path.match(pattern) for pattern in (SCRATCH + "*", *own))]
+    if not foreign:
         return
     try:
         found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["settings"]
@@ -91,18 +98,22 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
 
 
 @contextmanager
-def results_in(folder: Path, pattern: str) -> Iterator[Path]:
+def results_in(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """A scratch folder whose files move into `folder` when the body ends well; after an error nothing stays.
 
     The summary leaves first and arrives last, so a folder with a summary is a finished run. Files of an
-    earlier run, by `pattern`, leave with it: no old figure stands beside new numbers.
+    earlier run, by `patterns`, leave with it: no old figure stands beside new numbers.
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing."))
+    for leftover in folder.glob(f"{SCRATCH}*"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         yield scratch
-        for old in (folder / SUMMARY, *folder.glob(pattern)):
+        for old in (folder / SUMMARY, *(path for pattern in patterns for path in folder.glob(pattern))):
+            if old.is_dir():
+                shutil.rmtree(old)
             old.unlink(missing_ok=True)
         for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
             file.replace(folder / file.name)

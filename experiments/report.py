@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from minigpt import Sweep
+from experiments.curves import Curves
 
 LINES, IMAGE, RELATIVE = "divergence_lines", "divergence_image", "divergence_relative"
 FORMATS = ("png", "svg")
@@ -17,24 +17,23 @@ FINAL_WIDTH = 46  # pixels
 Rows = list[dict[str, Any]]
 
 
-def draw(rows: Rows, result: Sweep, folder: Path) -> None:
-    """Draw the tidy rows of a study: its first studied site, all positions but the first."""
-    head = {"head": result.heads[0]} if result.heads else {}
+def draw(rows: Rows, curves: Curves, about: str, folder: Path) -> None:
+    """Draw the tidy rows of a study: its first studied site, all positions but the first; `about` says of what."""
+    head = {"head": curves.heads[0]} if curves.heads else {}
     shown = [
         row
         for row in rows
-        if row["layer"] == result.layers[0] and row["positions"] == "rest" and head.items() <= row.items()
+        if row["layer"] == curves.layers[0] and row["positions"] == "rest" and head.items() <= row.items()
     ]
-    site = f"head {result.heads[0]}" if result.heads else {"mlp": "MLP"}.get(result.site, result.site)
-    where = f"{site} of block {result.layers[0]}"
-    about = f"{rows[0]['model']}, {result.ids.shape[1]} tokens, the first left out"
-    if len(result.layers) > 1:
-        about += f"; site 1 of {len(result.layers)}, the others are in divergence.csv"
+    site = f"head {curves.heads[0]}" if curves.heads else {"mlp": "MLP"}.get(curves.site, curves.site)
+    where = f"{site} of block {curves.layers[0]}"
+    if len(curves.layers) > 1:
+        about += f"; site 1 of {len(curves.layers)}, the others are in divergence.csv"
     charts = {
-        LINES: lines(_of(shown, "frobenius"), result, alt.Title(f"Change after scaling the {where}", subtitle=about)),
-        IMAGE: image(_of(shown, "frobenius"), result, alt.Title(f"Change after scaling the {where}", subtitle=about)),
+        LINES: lines(_of(shown, "frobenius"), curves, alt.Title(f"Change after scaling the {where}", subtitle=about)),
+        IMAGE: image(_of(shown, "frobenius"), curves, alt.Title(f"Change after scaling the {where}", subtitle=about)),
         RELATIVE: relative(
-            shown, result, alt.Title(f"Change relative to the stream, scaling the {where}", subtitle=about)
+            shown, curves, alt.Title(f"Change relative to the stream, scaling the {where}", subtitle=about)
         ),
     }
     for name, chart in charts.items():
@@ -42,25 +41,33 @@ def draw(rows: Rows, result: Sweep, folder: Path) -> None:
             chart.save(folder / f"{name}.{kind}", scale_factor=2 if kind == "png" else 1)
 
 
-def lines(rows: Rows, result: Sweep, title: alt.Title) -> alt.HConcatChart:
+def lines(rows: Rows, curves: Curves, title: alt.Title) -> alt.HConcatChart:
     """The difference by depth, a line for each factor; `final` stands apart, for it is no block's output."""
     depths, final = _split(rows)
-    top = max(row["value"] for row in rows)
+    top = max(row["value"] if curves.windows is None else row["high"] for row in rows)
     y = alt.Y("value:Q", title="Frobenius norm of scaled minus clean").scale(domain=(0, top * 1.08), nice=False)
-    curves = (
+    drawn = (
         alt.Chart(alt.Data(values=depths))
         .mark_line(point=alt.OverlayMarkDef(size=14))
-        .encode(x=_depth_axis(result), y=y, color=_factor_colour(rows), detail="factor:Q")
+        .encode(x=_depth_axis(curves), y=y, color=_factor_colour(rows), detail="factor:Q")
     )
     points = (
         alt.Chart(alt.Data(values=final))
         .mark_tick(thickness=2, width=FINAL_WIDTH * 0.6)
         .encode(x=_final_axis(), y=y.axis(None), color=_factor_colour(rows))
     )
-    return _side_by_side(_mark_site(result) + curves, points, title)
+    return _side_by_side(_mark_site(curves) + _band(depths, curves) + drawn, points, title)
 
 
-def image(rows: Rows, result: Sweep, title: alt.Title) -> alt.HConcatChart:
+def _band(depths: Rows, curves: Curves) -> alt.Chart:
+    """The interval of the mean over windows; nothing for a prompt."""
+    shown = depths if curves.windows is not None else []
+    band = alt.Chart(alt.Data(values=shown)).mark_area(opacity=0.25)
+    x, y, low = _depth_axis(curves), alt.Y("high:Q"), alt.Y2("low:Q")
+    return band.encode(x=x, y=y, y2=low, color=_factor_colour(depths), detail="factor:Q")
+
+
+def image(rows: Rows, curves: Curves, title: alt.Title) -> alt.HConcatChart:
     """The same numbers as an image, factor x depth."""
     depths, final = _split(rows)
     top = max(row["value"] for row in rows)
@@ -69,26 +76,26 @@ def image(rows: Rows, result: Sweep, title: alt.Title) -> alt.HConcatChart:
     cells = (
         alt.Chart(alt.Data(values=depths))
         .mark_rect()
-        .encode(x=_depth_axis(result, kind="O"), y=y.axis(labelOverlap=True, grid=False), color=colour)
+        .encode(x=_depth_axis(curves, kind="O"), y=y.axis(labelOverlap=True, grid=False), color=colour)
     )
     column = alt.Chart(alt.Data(values=final)).mark_rect().encode(x=_final_axis(), y=y.axis(None), color=colour)
-    site = alt.Chart(alt.Data(values=[{"depth": result.layers[0] + 1}])).mark_rule(color="white", strokeDash=[4, 3])
-    return _side_by_side(cells + site.encode(x=_depth_axis(result, kind="O")), column, title)
+    site = alt.Chart(alt.Data(values=[{"depth": curves.layers[0] + 1}])).mark_rule(color="white", strokeDash=[4, 3])
+    return _side_by_side(cells + site.encode(x=_depth_axis(curves, kind="O")), column, title)
 
 
-def relative(rows: Rows, result: Sweep, title: alt.Title) -> alt.LayerChart:
+def relative(rows: Rows, curves: Curves, title: alt.Title) -> alt.LayerChart:
     """The difference over the stream's own norm; dashed, what it would be if no later block reacted."""
     measured, passive = _split(_of(rows, "relative"))[0], _of(rows, "passive")
     y = alt.Y("value:Q", title="norm of the difference / norm of the clean stream")
     y = y.scale(domain=(0, max(row["value"] for row in measured) * 1.1), nice=False)
-    encoding = {"x": _depth_axis(result), "y": y, "color": _factor_colour(rows), "detail": "factor:Q"}
+    encoding = {"x": _depth_axis(curves), "y": y, "color": _factor_colour(rows), "detail": "factor:Q"}
     solid = alt.Chart(alt.Data(values=measured)).mark_line(point=alt.OverlayMarkDef(size=14)).encode(**encoding)
-    after = [row for row in passive if int(row["depth"]) > result.layers[0]]
+    after = [row for row in passive if int(row["depth"]) > curves.layers[0]]
     dashed = alt.Chart(alt.Data(values=after)).mark_line(strokeDash=[5, 4], strokeWidth=1.2, color=MARK)
     dashed = dashed.encode(x=encoding["x"], y=encoding["y"], detail="factor:Q")
     passive_label = "dashed: the change at the site carried along by blocks that do not react (passive)"
     title.subtitle = [title.subtitle, passive_label]
-    chart = (_mark_site(result) + dashed + solid).properties(width=WIDTH, height=HEIGHT)
+    chart = (_mark_site(curves) + dashed + solid).properties(width=WIDTH, height=HEIGHT)
     return _styled(chart.properties(title=title))
 
 
@@ -102,8 +109,8 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
     return depths, [row for row in rows if row["depth"] == "final"]
 
 
-def _depth_axis(result: Sweep, kind: str = "Q") -> alt.X:
-    n_layer = result.statistics.clean.shape[0] - 2
+def _depth_axis(curves: Curves, kind: str = "Q") -> alt.X:
+    n_layer = curves.norms.shape[1] - 2
     axis = alt.Axis(
         values=list(range(n_layer + 1)),
         labelExpr="datum.value == 0 ? 'embeddings' : datum.value",
@@ -127,9 +134,9 @@ def _factor_colour(rows: Rows) -> alt.Color:
     return alt.Color("factor:Q", title="factor", scale=scale, legend=legend)
 
 
-def _mark_site(result: Sweep) -> alt.LayerChart:
-    site = alt.Chart(alt.Data(values=[{"depth": result.layers[0] + 1, "label": f"block {result.layers[0]} scaled"}]))
-    rule = site.mark_rule(color=MARK, strokeDash=[2, 3]).encode(x=_depth_axis(result))
+def _mark_site(curves: Curves) -> alt.LayerChart:
+    site = alt.Chart(alt.Data(values=[{"depth": curves.layers[0] + 1, "label": f"block {curves.layers[0]} scaled"}]))
+    rule = site.mark_rule(color=MARK, strokeDash=[2, 3]).encode(x=_depth_axis(curves))
     text = site.mark_text(align="left", dx=5, dy=8, color=MARK).encode(x="depth:Q", y=alt.value(0), text="label:N")
     return rule + text
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -146,16 +147,18 @@ def download(
 
 def run(command: Callable[[], object]) -> None:
     """Run a command line; a failed check or a user's mistake becomes a sentence and its exit code."""
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    who = "" if rank == "0" else f"rank {rank}: "
     try:
         command()
     except parity.CheckError as error:
-        typer.echo(f"Check failed: {error}", err=True)
+        typer.echo(f"{who}Check failed: {error}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"{who}Error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
+        typer.echo(f"{who}Interrupted.", err=True)
         sys.exit(130)
 
 

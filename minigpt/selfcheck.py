@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.divergence import squared_norms
 from minigpt.model import GPT2
 from minigpt.scales import scale_name, scaled
-from minigpt.sweep import Sweep
+from minigpt.sweep import Sweep, sweep
 
 JUMP_ROUNDINGS = 4
 """The jump at the site may be off by this many roundings of the parameters' type, relative to the scaled stream:
@@ -134,3 +134,35 @@ def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list
             upstream = max(upstream, float((x - before).abs().max())) if depth <= layer else upstream
             error = max(error, float(apart.max()))
     return upstream, error
+
+
+@dataclass(frozen=True)
+class CellError:
+    """How far a cell is from the same cell in float32."""
+
+    layer: int
+    head: int | None
+    factor: float
+    error: float
+    """Largest relative difference of `frobenius` over depths from the site on, and over texts."""
+
+
+def rounding_errors(exact: GPT2, result: Sweep) -> list[CellError]:
+    """Repeat a few cells of a half-precision sweep with `exact`, the same model in float32.
+
+    They are the first, the middle and the last entry, with the factors nearest to 1 and farthest from it.
+    Near 1 the difference is small beside the stream, and the stream's own rounding large beside the difference.
+    """
+    texts = [row[:length].tolist() for row, length in zip(result.ids, result.lengths.tolist(), strict=True)]
+    changed = sorted((factor for factor in result.factors if factor != 1), key=lambda factor: abs(factor - 1))
+    errors = []
+    for entry in sorted({0, len(result.layers) // 2, len(result.layers) - 1}):
+        layer, head = result.layers[entry], result.heads[entry] if result.heads else None
+        heads, factors = None if head is None else [head], list(dict.fromkeys([*changed[:1], *changed[-1:]]))
+        if not factors:
+            continue
+        alone = sweep(exact, texts, [layer], factors, result.site, heads, result.positions).frobenius(skip=0)[0]
+        in_pass = result.frobenius(skip=0)[entry, [result.factors.index(factor) for factor in factors]]
+        apart = ((in_pass - alone).abs() / alone)[:, layer + 1 :].flatten(1).max(1).values
+        errors += [CellError(layer, head, factor, error) for factor, error in zip(factors, apart.tolist(), strict=True)]
+    return errors

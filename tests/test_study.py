@@ -14,7 +14,8 @@ import torch
 import typer
 
 from experiments import claims, divergence, train
-from experiments.common import parse_layers, parse_numbers, results_in
+from experiments.common import parse_indices, parse_numbers, results_in
+from experiments.curves import Curves
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.divergence import Statistics
 from tests.conftest import TINY
@@ -216,7 +217,7 @@ def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp
 
 def test_an_interrupted_write_leaves_the_finished_run(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("old")
-    with pytest.raises(KeyboardInterrupt), results_in(tmp_path, "divergence*") as scratch:
+    with pytest.raises(KeyboardInterrupt), results_in(tmp_path, ["divergence*"]) as scratch:
         (scratch / "summary.json").write_text("half")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
@@ -224,8 +225,8 @@ def test_an_interrupted_write_leaves_the_finished_run(tmp_path: Path) -> None:
 
 
 def test_lists_and_ranges() -> None:
-    assert parse_layers("all", 3) == (0, 1, 2)
-    assert parse_layers("2,0", 3) == (2, 0)
+    assert parse_indices("all", 3, "layer") == (0, 1, 2)
+    assert parse_indices("2,0", 3, "layer") == (2, 0)
     factors = parse_numbers("0.5:1.5:0.05", "--factors")
     assert len(factors) == 21
     assert (factors[0], factors[10], factors[20]) == (0.5, 1.0, 1.5)
@@ -272,7 +273,7 @@ def verdicts_of(
         (0,), cells, clean.expand_as(cells), clean.expand_as(cells), clean, torch.tensor([clean.shape[-1]])
     )
     result = Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
-    return {verdict.number: verdict.verdict for verdict in claims.judge(result, [upstream])}
+    return {verdict.number: verdict.verdict for verdict in claims.judge(Curves.of_text(result), [upstream])}
 
 
 def both(curve: list[float]) -> list[list[float]]:
@@ -320,7 +321,9 @@ def test_claims_1_and_2_are_true_by_construction_only_where_the_figures_agree() 
 
 
 def test_factor_1_alone_decides_nothing(model: GPT2, ids: torch.Tensor) -> None:
-    assert {verdict.verdict for verdict in claims.judge(sweep(model, ids, (1,), (1.0,)), [0.0])} == {"undecided"}
+    assert {verdict.verdict for verdict in claims.judge(Curves.of_text(sweep(model, ids, (1,), (1.0,))), [0.0])} == {
+        "undecided"
+    }
 
 
 # Training.
