@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup study test check
+.PHONY: setup study test check bench
 
 setup: $(READY)
 
@@ -18,6 +18,16 @@ study: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The peers bring many packages: they get an environment of their own.
+.venv-bench/.ready: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@echo "installing minigpt and its peers into .venv-bench, a few minutes"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: .venv-bench/.ready
+	.venv-bench/bin/python -m experiments.benchmark
 
 check: $(READY)
 	$(BIN)/ruff check .

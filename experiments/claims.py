@@ -79,7 +79,9 @@ class Case:
     """The curves of one entry over the factors that are not 1: [factor, depth], `rest` unless named."""
 
     output: bool
-    """Whether the whole output of a block was scaled."""
+    """Whether the whole output of a block was scaled, at every position."""
+    first_alone: bool
+    """Whether nothing but position 0 was scaled."""
     site: int
     """The depth right after the studied block."""
     factors: list[float]
@@ -103,7 +105,8 @@ class Case:
         changed = [j for j, factor in enumerate(curves.factors) if factor != 1]
         site, rest = curves.layers[entry] + 1, curves.of("frobenius", "rest")[entry, changed]
         return cls(
-            output=curves.site == "output",
+            output=curves.site == "output" and curves.positions is None,
+            first_alone=curves.positions == (0,),
             site=site,
             factors=[curves.factors[j] for j in changed],
             rest=rest[:, :-1],
@@ -224,6 +227,8 @@ CLAIMS: tuple[tuple[str, Callable[[Case], Decision]], ...] = (
 def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
     if not case.factors:
         return "undecided", "Only factor 1 was run, which changes nothing.", {}
+    if case.first_alone and decide is not _upstream:
+        return "undecided", "Nothing but position 0 was scaled, and the claims are about the other positions.", {}
     if decide in (_growth, _last_block) and case.site == case.rest.shape[1] - 1:
         return "undecided", "The scaled block is the last one: no block comes after it.", {}
     return decide(case)

@@ -39,10 +39,13 @@ SHARD_WINDOWS = 16
 RESAMPLES, SEED = 1000, 0
 """Of the bootstrap."""
 INTERVAL = (0.025, 0.975)
+PATIENCE = timedelta(days=30)
+"""A rank may wait as long as another works; one that dies is noticed by torchrun, which ends them all."""
 MOST_NUMBERS = 2**20
 """Numbers held at once when windows are combined: 8 MiB."""
 FEWEST_COLUMNS = 64
-"""Combined together even where they are more numbers than that: every group of columns reads all shards again."""
+"""Combined together even where they are more numbers than that, from 16,384 windows on (0.5 KB a window): every group
+of columns reads all shards again."""
 STATISTICS = ("mean", "sd", "median", "q1", "q3", "low", "high")
 """Over windows: mean, standard deviation, median, quartiles, and the bootstrap interval (95 %) of the mean."""
 
@@ -53,10 +56,12 @@ Measure = Callable[[Windows], dict[str, Tensor]]
 
 def rank_device(device: torch.device) -> torch.device:
     """The GPU of this rank, where torchrun started several on one machine."""
-    local = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda" and device.index is None and local is not None:
-        return torch.device("cuda", int(local))
-    return device
+    if device.type != "cuda" or not dist.is_torchelastic_launched():
+        return device
+    local, ranks, there = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if ranks > there or (device.index is not None and ranks > 1):
+        raise ValueError(f"{ranks} processes need a GPU each, and here are {there}: start fewer, with --device cuda.")
+    return torch.device("cuda", local) if device.index is None else device
 
 
 def default_max_bytes(device: torch.device) -> int:
@@ -88,8 +93,14 @@ class Ranks:
 
     def wait(self) -> None:
         """Return when every rank has come here."""
-        if self.world > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
+        if self.world == 1:
+            return
+        here = torch.zeros(1, device=self.device)
+        try:
+            dist.all_reduce(here)
+        except RuntimeError:  # another rank is gone; torchrun says which
+            raise SystemExit(1) from None
+        here.item()  # NCCL lets the host go on before the GPUs have met
 
     def _broadcast(self, numbers: Tensor) -> Tensor:
         numbers = numbers.to(self.device)
@@ -105,9 +116,10 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # A rank may wait as long as another works; a rank that dies is noticed by torchrun, which ends them all.
-    dist.init_process_group(backend, store=_store(), rank=rank, world_size=world, timeout=timedelta(days=30))
+    dist.init_process_group(backend, store=_store(), rank=rank, world_size=world, timeout=PATIENCE)
     try:
         yield Ranks(rank, world, str(device))
     finally:
@@ -122,7 +134,8 @@ def _store() -> Store:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(address, port, is_master=not shared and os.environ["RANK"] == "0", wait_for_workers=False)
+    master = not shared and os.environ["RANK"] == "0"
+    store = TCPStore(address, port, is_master=master, wait_for_workers=False, timeout=PATIENCE)
     return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if shared else store
 
 
@@ -159,11 +172,11 @@ class Shards:
             leftover.unlink()
         text = json.dumps(self.settings, indent=2) + "\n"
         write_atomically(described, lambda file: file.write_text(text, encoding="utf-8"))
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
+        return self.finished()
 
     def _other_settings(self, described: Path) -> list[str]:
         """The names of the settings in which the folder's shards differ from these; empty for an empty folder."""
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if not self.folder.exists() or not any(path for path in self.folder.iterdir() if path.name[0] != "."):
             return []
         try:
             found = json.loads(described.read_text(encoding="utf-8"))
@@ -183,9 +196,9 @@ class Shards:
         metadata = {"shard": json.dumps({"settings": self.fingerprint, "shapes": shapes})}
         write_atomically(self.path(number), lambda file: save_file(flat, file, metadata))
 
-    def finished(self) -> int:
-        """How many shards are there, whichever rank wrote them."""
-        return sum(path.suffix == ".safetensors" and path.stem.isdigit() for path in self.folder.iterdir())
+    def finished(self) -> list[int]:
+        """The numbers of the shards that are there, whichever rank wrote them."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
 
     def combine(self, windows: int) -> dict[str, dict[str, Tensor]]:
         """Over so many windows: name -> statistic -> tensor, without the window axis. See `STATISTICS`."""
@@ -222,7 +235,8 @@ def summarise(shards: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
     The interval is that of a bootstrap in which every window counts a Poisson(1) number of times, drawn for each
     shard from its own seed (Chamandy et al. 2012, "Estimating Uncertainty for Massive Data Streams", section 3):
-    unlike draws with replacement, it needs no more than one shard at a time.
+    unlike draws with replacement, it needs no more than one shard at a time. Windows count as independent, also
+    those of one text: of a few long texts the interval is too narrow.
     """
     values = np.concatenate(shards)
     sums, weights = np.zeros((RESAMPLES, values.shape[1])), np.zeros((RESAMPLES, 1))
@@ -266,7 +280,7 @@ def measure_corpus(
         for number, shard in enumerate(batched(texts.windows(tokenizer))):
             if number in mine:
                 shards.write(number, measure(shard))
-                bar.update(min(windows, shards.finished() * SHARD_WINDOWS) - bar.n)
+                bar.update(min(windows, len(shards.finished()) * SHARD_WINDOWS) - bar.n)
     ranks.wait()
     return counts
 

@@ -45,29 +45,35 @@ class Curves:
     """Over windows: a statistic's name -> its values, on the axes of `values`."""
     windows: int | None = None
     """How many there were; None for a prompt."""
+    positions: tuple[int, ...] | None = None
+    """The positions that alone were scaled; None for all."""
 
     @classmethod
     def of_text(cls, result: Sweep) -> "Curves":
         """The curves of a sweep's first text."""
         measured = measure(result)
-        return cls(
-            result.site, result.layers, result.heads, result.factors, measured["values"][0], measured["norms"][0]
-        )
+        grid = (result.site, result.layers, result.heads, result.factors)
+        return cls(*grid, measured["values"][0], measured["norms"][0], positions=result.positions)
 
     @classmethod
     def of_windows(cls, shape: Sweep, combined: dict[str, dict[str, Tensor]], windows: int) -> "Curves":
         """The means over windows, from `Shards.combine`; `shape` is any sweep of the same grid."""
         spread = dict(combined["values"])
         values, norms = spread.pop("mean"), combined["norms"]["mean"]
-        return cls(shape.site, shape.layers, shape.heads, shape.factors, values, norms, spread, windows)
+        grid = (shape.site, shape.layers, shape.heads, shape.factors)
+        return cls(*grid, values, norms, spread, windows, shape.positions)
 
     def of(self, name: Measure, positions: PositionSet) -> Tensor:
         """A measure over a set of positions: [layer, factor, place]."""
         return self.values[POSITION_SETS.index(positions), MEASURES.index(name)]
 
     def where(self, entry: int) -> str:
-        """The block, and head, of an entry, in words."""
-        return describe_entry(self.layers[entry], self.heads[entry] if self.heads else None)
+        """What was scaled in an entry, in words."""
+        part = f"head {self.heads[entry]}" if self.heads else {"mlp": "MLP"}.get(self.site, self.site)
+        block = f"{part} of block {self.layers[entry]}"
+        if self.positions is None:
+            return block
+        return f"{block} at position{'s' * (len(self.positions) > 1)} {', '.join(map(str, self.positions))}"
 
     def rows(self, model: str) -> Iterator[dict[str, Any]]:
         """Tidy rows, one number each; over windows more columns follow it."""
@@ -96,8 +102,3 @@ class Curves:
 def describe_entry(layer: int, head: int | None) -> str:
     """A block, or a head of it, in words."""
     return f"block {layer}" if head is None else f"block {layer}, head {head}"
-
-
-def mean_over(curves: Curves) -> str:
-    """What the numbers are a mean of, in words."""
-    return "one text" if curves.windows is None else f"mean over {curves.windows} windows"

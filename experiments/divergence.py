@@ -69,7 +69,7 @@ class Settings:
     texts: Texts | None = None
     max_bytes: int | None = None
     threads: int | None = None
-    """Of each process, over a corpus: another number gives other last bits."""
+    """Of each process, over a corpus on CPUs: another number gives other last bits."""
 
     def to_json(self) -> dict[str, Any]:
         """The settings as a summary holds them."""
@@ -122,6 +122,7 @@ class Study:
             "model": self.model,
             **({"tokens": self.tokens} if self.tokens else {"corpus": self.counts}),
             "parity": certificate.to_dict() if certificate else "not checked (--no-parity)",
+            "factors_not_run": list(self.result.not_run),  # the clean run itself
             "checks": self.checked.checks,
             **({"rounding": [asdict(error) for error in self.checked.rounding]} if self.checked.rounding else {}),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
@@ -168,8 +169,7 @@ def run_over_corpus(
         result = settings.sweep(model, first)
         tried.append((result, check(settings, model, result, certificate)))
 
-    identity = {**settings.to_json(), "sha256": describe(model).get("sha256"), "versions": versions()}
-    shards = Shards(output / WINDOWS, identity)
+    shards = Shards(output / WINDOWS, _identity(settings, model))
     counts = measure_corpus(
         texts,
         tokenizer,
@@ -187,6 +187,14 @@ def run_over_corpus(
     return Study(settings, describe(model), [], counts, checked, curves, result)
 
 
+def _identity(settings: Settings, model: GPT2) -> dict[str, Any]:
+    """All that decides the numbers of a window: what it takes to go on with another run's."""
+    asked = {name: value for name, value in settings.to_json().items() if name not in ("model", "parity", "revision")}
+    asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
+    where = torch.cuda.get_device_name() if settings.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {**asked, "sha256": describe(model).get("sha256"), "versions": versions(), "processor": where}
+
+
 def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
     """The parity certificate, where one is asked for; CheckError when the model fails."""
     certificate = parity.certify(model) if settings.parity else None
@@ -201,12 +209,20 @@ def check(settings: Settings, model: GPT2, result: Sweep, certificate: parity.Ce
     if tried.broken:
         found = "; ".join(f"{check.claim}: {check.figure}" for check in tried.broken)
         raise parity.CheckError(f"the sweep contradicts what must be true of any weights: {found}.")
-    rounding = list[CellError]()
-    if settings.dtype in ("bfloat16", "float16"):
-        device = model.final_norm.weight.device
-        exact = GPT2.from_pretrained(settings.model, settings.revision, device, local_files_only=True)
-        rounding = rounding_errors(exact, result)
+    lower = settings.dtype in ("bfloat16", "float16") or settings.matmul_precision != "highest"
+    rounding = _rounding(settings, model, result) if lower else []
     return Checked(certificate, [asdict(check) for check in tried.checks], tried.upstream, rounding)
+
+
+def _rounding(settings: Settings, model: GPT2, result: Sweep) -> list[CellError]:
+    """A few cells beside float32 with products in full precision."""
+    device = model.final_norm.weight.device
+    torch.set_float32_matmul_precision("highest")
+    try:
+        exact = GPT2.from_pretrained(settings.model, settings.revision, device, local_files_only=True)
+        return rounding_errors(exact, result)
+    finally:
+        torch.set_float32_matmul_precision(settings.matmul_precision)
 
 
 def _bar(shown: bool, places: Iterable[Place], total: int) -> Iterable[Place]:
@@ -288,8 +304,7 @@ def _print_table(curves: Curves, columns: int) -> None:
     values = curves.of("frobenius", "rest")[0]
     shown = _spread(len(curves.factors), (columns - 24) // 8)
     of = "" if curves.windows is None else f", mean of {curves.windows} windows"
-    scaled = f"{curves.site} of {curves.where(0)} scaled"
-    print(f"Frobenius norm of scaled minus clean{of}, all positions but the first, {scaled}")
+    print(f"Frobenius norm of scaled minus clean{of}, all positions but the first; scaled: {curves.where(0)}")
     print(
         f"({len(shown)} of {len(curves.factors)} factors, 1 of {len(curves.layers)} sites; all are in divergence.csv):"
     )
@@ -310,7 +325,7 @@ def _spread(count: int, room: int) -> range:
 
 def main(
     model: Annotated[str, typer.Option(help="a folder, gpt2 | gpt2-medium | ..., or a hub id")] = "weights/tiny",
-    prompt: Annotated[str, typer.Option(help="the text to run")] = PROMPT,
+    prompt: Annotated[str | None, typer.Option(help=f"the text to run; default: {PROMPT}")] = None,
     texts: Annotated[
         Path | None, typer.Option(help="a corpus instead: one text a line (.txt), JSON lines (.jsonl), or .csv")
     ] = None,
@@ -338,6 +353,8 @@ def main(
     """Scale a site of some layers by some factors, and follow the change to the last layer."""
     if matmul_precision not in PRECISIONS:
         raise ValueError(f"--matmul-precision is {matmul_precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if texts and prompt is not None:
+        raise ValueError("--prompt and --texts were both given; a run takes one of them.")
     torch.set_float32_matmul_precision(matmul_precision)
     at = rank_device(cli.pick_device(device))
     loaded = GPT2.from_pretrained(model, revision, at, cli.pick_dtype(dtype), offline)
@@ -347,7 +364,7 @@ def main(
     corpus = Texts.of(texts, text_column, window, limit, shortest) if texts else None
     settings = Settings(
         model=model,
-        prompt=None if corpus else prompt,
+        prompt=None if corpus else PROMPT if prompt is None else prompt,
         layers=parse_indices(layers, loaded.config.n_layer, "layer"),
         factors=parse_numbers(factors, "--factors"),
         site=check_site(site),
@@ -360,7 +377,7 @@ def main(
         matmul_precision=matmul_precision,
         texts=corpus,
         max_bytes=default_max_bytes(at) if corpus and max_bytes is None else max_bytes,
-        threads=torch.get_num_threads() if corpus else None,
+        threads=torch.get_num_threads() if corpus and at.type == "cpu" else None,
     )
     with joined_ranks(at) as ranks:
         study = _run(settings, loaded, tokenizer, output, ranks, overwrite, progress=not quiet)
@@ -379,7 +396,11 @@ def _run(
         return run_over_corpus(settings, model, tokenizer, output, ranks, overwrite, progress)
     if ranks.world > 1:
         raise ValueError("A prompt runs in one process; torchrun shares the windows of --texts among several.")
-    check_output(output, settings.to_json(), overwrite, FILES)
+    check_output(output, settings.to_json(), overwrite, FILES[:-1])
+    if (output / WINDOWS).exists() and not overwrite:
+        raise ValueError(
+            f"{output / WINDOWS} holds an unfinished corpus run; choose another --output, or add --overwrite."
+        )
     return run_study(settings, model, tokenizer, progress)
 
 

@@ -25,8 +25,7 @@ def draw(rows: Rows, curves: Curves, about: str, folder: Path) -> None:
         for row in rows
         if row["layer"] == curves.layers[0] and row["positions"] == "rest" and head.items() <= row.items()
     ]
-    site = f"head {curves.heads[0]}" if curves.heads else {"mlp": "MLP"}.get(curves.site, curves.site)
-    where = f"{site} of block {curves.layers[0]}"
+    where = curves.where(0)
     if len(curves.layers) > 1:
         about += f"; site 1 of {len(curves.layers)}, the others are in divergence.csv"
     charts = {

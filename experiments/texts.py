@@ -81,10 +81,10 @@ class Texts:
 def read_texts(path: Path, column: str) -> Iterator[str]:
     """The texts of a file, one at a time: JSON lines (.jsonl, .ndjson), CSV (.csv), or else one text a line.
 
-    Raises ValueError, naming the line, for a file that is not UTF-8 or lacks the column.
+    Raises ValueError for a file that is not UTF-8, is not what its name says, or lacks the column.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() in (".jsonl", ".ndjson"):
                 yield from _of_json_lines(file, path, column)
             elif path.suffix.lower() == ".csv":
@@ -92,7 +92,7 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
             else:
                 yield from (line.rstrip("\r\n") for line in file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"--texts {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
+        raise ValueError(f"--texts {path} is not UTF-8 ({error.reason}); convert it.") from None
 
 
 def _of_json_lines(lines: Iterable[str], path: Path, column: str) -> Iterator[str]:

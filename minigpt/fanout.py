@@ -10,6 +10,7 @@ same products. Only numbers per position leave a place: see `Place`.
 """
 
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from minigpt.scales import Site, check_site, scales_not_one
 
 Cell = tuple[int, int]
 """The index of an entry, and the index of a factor."""
-SLAB_TOKENS = {"cpu": 1024, "cuda": 65536}
+CPU_SLAB, GPU_SLAB = 1024, 65536
 """Tokens that go through a sublayer together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What a sweep may take where nothing else is asked for."""
@@ -61,10 +62,13 @@ class Grid:
         chosen = _in_range("layer", layers, model.config.n_layer)
         where = None if positions is None else _in_range("position", positions, length)
         check_site(site)
-        finite = all(math.isfinite(factor) for factor in factors)
-        if not factors or not finite or len(set(factors)) < len(factors):
-            raise ValueError(f"The factors are {tuple(factors)}; expected at least one, all finite, none twice.")
         numbers = tuple(map(float, factors))
+        if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
+            raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
+        dtype = model.final_norm.weight.dtype
+        for factor, applied in zip(numbers, torch.tensor(numbers, dtype=dtype).tolist(), strict=True):
+            if applied == 1 != factor:
+                raise ValueError(f"The factor {factor!r} is 1 in {dtype} and changes nothing; take one farther off.")
         if site != "head":
             if heads is not None:
                 raise ValueError(f"heads were given with the site {site!r}; they belong to the site 'head'.")
@@ -86,7 +90,7 @@ class Grid:
 
 def _in_range(what: str, chosen: Iterable[int] | None, count: int) -> tuple[int, ...]:
     """The chosen indices, or all; ValueError when one is out of range or chosen twice."""
-    indices = tuple(range(count)) if chosen is None else tuple(chosen)
+    indices = tuple(range(count)) if chosen is None else tuple(map(operator.index, chosen))
     if not indices or len(set(indices)) < len(indices) or not all(0 <= index < count for index in indices):
         raise ValueError(f"The {what}s are {indices}; expected different numbers from 0 to {count - 1}.")
     return indices
@@ -145,9 +149,8 @@ class Pass:
     def _attend(self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell]) -> None:
         """u = x + attention(norm(x)), in place; cells of the sites `attention` and `head` join at u."""
         attention = block.attention
-        for slab in reversed(
-            self._slabs(streams)
-        ):  # the clean row's slab comes last, and leaves its parts to the cells
+        # Last slab first: the clean row's comes at the end, and what it computed is what the new cells start from.
+        for slab in reversed(self._slabs(streams)):
             z = attention.mix(block.attention_norm(slab.flatten(0, 1)))
             write = attention.projection(z.flatten(2)).view_as(slab)
             x = slab[0].clone()
@@ -159,7 +162,7 @@ class Pass:
 
     def _transform(self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell]) -> None:
         """y = u + mlp(norm(u)), in place; cells of the sites `mlp` and `output` join at y."""
-        for slab in reversed(self._slabs(streams)):
+        for slab in reversed(self._slabs(streams)):  # the clean row's at the end, as above
             write = block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab)
             u = slab[0].clone()
             slab.add_(write)
@@ -233,14 +236,15 @@ def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int |
     def fits(texts: int, rows: int) -> bool:
         return estimate_bytes(model, grid, texts, length, rows) <= allowed
 
-    most = min(len(ids), max(1, SLAB_TOKENS[device.type] // length))
+    most = min(len(ids), max(1, _slab_tokens(device) // length))
     texts = next((texts for texts in range(most, 1, -1) if fits(texts, 1 + len(cells))), 1)
     rows = next((rows for rows in range(1 + len(cells), 1, -1) if fits(texts, rows)), 1)
     if not fits(texts, rows) or (cells and rows == 1):
         needed = estimate_bytes(model, grid, 1, length, min(2, 1 + len(cells)))
+        what = "max_bytes is" if max_bytes is not None else "A quarter of the memory that is free is"
         raise ValueError(
-            f"max_bytes is {allowed}; one text of {length} tokens with one scaled run beside it takes {needed}. "
-            "Give more memory, or a shorter text."
+            f"{what} {allowed}; one text of {length} tokens with one scaled run beside it takes {needed}. "
+            "Give more with max_bytes, or a shorter text."
         )
     per_pass = math.ceil(len(cells) / math.ceil(len(cells) / (rows - 1))) if cells else 1
     return [
@@ -271,7 +275,11 @@ def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: in
 
 def _rows_of_slab(tokens: int, device: torch.device) -> int:
     """How many rows of so many tokens go through a sublayer together."""
-    return max(1, SLAB_TOKENS[device.type] // tokens)
+    return max(1, _slab_tokens(device) // tokens)
+
+
+def _slab_tokens(device: torch.device) -> int:
+    return CPU_SLAB if device.type == "cpu" else GPU_SLAB
 
 
 def free_bytes(device: torch.device) -> int:
@@ -283,8 +291,11 @@ def free_bytes(device: torch.device) -> int:
         free = 1024 * next(int(row.split()[1]) for row in rows if row.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of what is there
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        details = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or one without a limit
         return free
-    return min(free, limit - used)
+    files = int(details.get("inactive_file", 0))  # cached, and given up when memory is asked for
+    return min(free, max(0, limit - used + files))

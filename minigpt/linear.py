@@ -26,7 +26,9 @@ class Linear(nn.Linear):
 
     def _only_values_of(self, x: Tensor) -> bool:
         """Whether this is plain inference in float32 on the CPU: oneDNN's product knows no derivatives and no vmap."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.backends.mkldnn.enabled:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+            return False
+        if torch.compiler.is_compiling():  # the compiler chooses its own product
             return False
         tensors = [x, self.weight] if self.bias is None else [x, self.weight, self.bias]
         return (

@@ -44,6 +44,11 @@ class Sweep:
         """How many tokens each text has: [batch]."""
         return self.statistics.lengths
 
+    @property
+    def not_run(self) -> tuple[float, ...]:
+        """The factors that needed no run: 1 changes nothing, so its cells are the clean run."""
+        return tuple(factor for factor in self.factors if factor == 1)
+
     def frobenius(self, skip: int = 1) -> Tensor:
         """Norm of scaled minus clean at every depth: [layer, factor, depth, batch].
 
@@ -122,6 +127,8 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     if isinstance(texts, Tensor):
         full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
         return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
+    if not all(isinstance(text, Sequence) for text in texts):
+        raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
     lengths = [len(text) for text in texts]
     if not lengths or not min(lengths):
         raise ValueError(
@@ -144,7 +151,9 @@ def _collect(places: Iterable[Place], grid: Grid, count: int, lengths: Tensor, l
             ran[entries, factors, place.index] = True
             for into, numbers in ((difference, place.difference), (scaled, place.scaled), (inner, place.inner)):
                 into[entries, factors, place.index, place.texts, within] = numbers
-    scaled, inner = (numbers.where(ran[..., None, None], clean) for numbers in (scaled, inner))
+    for index in range(count):
+        waiting = ~ran[:, :, index]
+        scaled[:, :, index][waiting] = inner[:, :, index][waiting] = clean[index]
     padding = torch.arange(length) >= lengths[:, None]
     for numbers in (difference, scaled, inner, clean):
         numbers.masked_fill_(padding, 0.0)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text a line, of growing length: 12 shards of windows of 16 tokens."""
+    """A text a line, of growing length: more than 20 shards of windows of 16 tokens."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     words = (SENTENCE * 3).split(" ")
-    lines = [" ".join(words[number % 11 : number % 11 + 3 + number % 37]) for number in range(100)]
+    lines = [" ".join(words[number % 11 : number % 11 + 3 + number % 37]) for number in range(260)]
     path.write_text("\n".join([*lines, "", "a"]) + "\n")
     return path
 
@@ -101,6 +102,7 @@ def test_texts_that_cannot_be_read_are_a_sentence(
         (["--matmul-precision", "low"], "highest, high, medium"),
         (["--max-bytes", "1000"], "max_bytes is 1000"),
         (["--heads", "0"], "site 'head'"),
+        (["--prompt", "The sea."], "one of them"),
         (["--positions", "16"], "17 tokens or more"),
     ],
 )
@@ -120,7 +122,7 @@ def test_windows_are_the_texts_cut_and_short_pieces_are_counted(tokenizer: Token
     counts = texts.count(tokenizer)
     short = sum(len(piece) < 2 for piece in expected) + 1  # and the empty text
     assert counts == {
-        "texts": 102,
+        "texts": 262,
         "windows": len(windows),
         "tokens": sum(map(len, windows)),
         "skipped": short,
@@ -169,6 +171,22 @@ def test_columns_combined_in_groups_are_the_same(tmp_path: Path, monkeypatch: py
     for statistic, values in shards.combine(37)["x"].items():
         torch.testing.assert_close(values, whole[statistic], rtol=1e-12, atol=1e-12)
     assert whole["mean"].shape == (2, 90)
+
+
+def test_combining_holds_no_more_for_more_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.corpus.MOST_NUMBERS", 2**12)
+    monkeypatch.setattr("experiments.corpus.FEWEST_COLUMNS", 1)
+    peaks = []
+    for count in (4, 80):
+        shards = Shards(tmp_path / str(count), {"a": 1})
+        shards.open(overwrite=False)
+        for number in range(count):
+            shards.write(number, {"x": torch.ones(SHARD_WINDOWS, 400)})
+        tracemalloc.start()  # NumPy's arrays are counted
+        shards.combine(count * SHARD_WINDOWS)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]  # twenty times the windows; 4 MB in all
 
 
 def rows_of(folder: Path, **wanted: object) -> list[dict[str, str]]:
@@ -240,7 +258,7 @@ def numbers_of(folder: Path) -> dict[str, bytes]:
 
 
 def shards_in(folder: Path) -> int:
-    return len(list((folder / "windows").glob("*.safetensors")))
+    return len(list((folder / "windows").glob("[0-9]*.safetensors")))
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> Iterator[int]:
@@ -266,7 +284,7 @@ def test_the_result_is_bit_identical_for_any_number_of_ranks(
     launcher = launch(corpus, tmp_path / "out", ranks)
     assert launcher.wait() == 0, said(tmp_path / "out")
     assert numbers_of(tmp_path / "out") == numbers_of(expected)
-    assert shards_in(expected) > 6
+    assert shards_in(expected) > 20
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found through Linux's /proc")
@@ -289,7 +307,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_the_same(corpus: Path, e
         assert not (folder / "summary.json").exists()
         stopped.append(shards_in(folder))
     assert 0 < stopped[1] < stopped[2] < stopped[3] < total
-    finished = {path.name: path.stat().st_mtime_ns for path in (folder / "windows").glob("*.safetensors")}
+    finished = {path.name: path.stat().st_mtime_ns for path in (folder / "windows").glob("[0-9]*.safetensors")}
     launcher = launch(corpus, folder, 2)
     assert launcher.wait() == 0, said(folder)
     assert numbers_of(folder) == numbers_of(expected)
@@ -329,6 +347,38 @@ def test_windows_of_other_settings_are_refused_unless_overwritten(run: Run, corp
     assert (code, "other settings (factors)" in err, err.count("\n")) == (2, True, 1)
     assert run(*other, "--limit", "20", "--output", folder, "--overwrite")[0] == 0
     assert {row["factor"] for row in rows_of(folder)} == {"0.7"}
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_a_prompt_does_not_touch_a_corpus_run_that_was_killed(
+    run: Run, corpus: Path, tmp_path: Path, summary: bool
+) -> None:
+    """Also where the prompt's own summary still stands, which a killed --overwrite leaves behind."""
+    folder = tmp_path / "out"
+    if summary:
+        assert run("--factors", "0.5", "--output", folder)[0] == 0
+    Shards(folder / "windows", {"a": 1}).open(overwrite=False)
+    code, _, err = run("--factors", "0.5", "--output", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert (folder / "windows" / "settings.json").exists()
+
+
+def test_what_a_kill_leaves_in_the_windows_folder_is_no_obstacle(tmp_path: Path) -> None:
+    folder = tmp_path / "windows"
+    folder.mkdir()
+    (folder / ".settings.json.x.json").write_text("half")
+    (folder / ".0000003.safetensors.x.safetensors").write_bytes(b"half")
+    assert Shards(folder, {"a": 1}).open(overwrite=False) == []
+    assert {path.name for path in folder.iterdir()} == {"settings.json"}
+
+
+def test_a_mistake_under_torchrun_is_said_once_and_ends_all_ranks(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    assert launch(corpus, folder, 2).wait() != 0
+    assert said(folder).count("holds other files") == 1
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
 def test_a_prompt_replaces_a_corpus_run_with_all_its_windows(run: Run, corpus: Path, tmp_path: Path) -> None:

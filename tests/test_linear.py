@@ -83,6 +83,15 @@ def test_other_types_are_nn_linears(pair: tuple[Linear, nn.Linear], calls: list[
     assert not calls
 
 
+def test_under_autocast_it_is_nn_linears_product(pair: tuple[Linear, nn.Linear], calls: list[Tensor]) -> None:
+    ours, theirs = pair
+    x = torch.randn(7, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+        assert torch.equal(ours(x), theirs(x))
+    assert not calls
+
+
 def test_gradients_reach_weights_and_inputs(pair: tuple[Linear, nn.Linear], calls: list[Tensor]) -> None:
     ours, theirs = pair
     x, y = (torch.ones(3, 24, requires_grad=True) for _ in range(2))

@@ -251,6 +251,45 @@ def test_every_half_type_runs(run: Run, tmp_path: Path) -> None:
         code, out, err = run("--dtype", dtype, "--output", tmp_path / dtype)
         assert (code, err) == (0, "")
         assert "in float32" in out
+        rounding = json.loads((tmp_path / dtype / "summary.json").read_text())["rounding"]
+        assert {abs(round(error["factor"] - 1, 2)) for error in rounding} == {0.05, 0.5}
+        assert all(0 < error["error"] < 0.2 for error in rounding)
+        assert f"{dtype} beside float32" in out
+
+
+def test_positions_and_heads_can_be_chosen(run: Run, tmp_path: Path) -> None:
+    grid = ("--site", "head", "--heads", "0,2", "--positions", "3", "--factors", "0,1", "--output", tmp_path / "out")
+    assert run(*grid)[0] == 0
+    assert {row["head"] for row in rows_of(tmp_path / "out")} == {"0", "2"}
+    settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    assert (settings["heads"], settings["positions"]) == ([0, 2], [3])
+    first = [
+        float(row["value"]) for row in rows_of(tmp_path / "out", positions="first", metric="frobenius", factor=0.0)
+    ]
+    assert max(first) < 1e-5  # position 0 cannot know of position 3
+    assert run(*grid[:-2], "--positions", "3,90", "--output", tmp_path / "other")[0] == 2
+
+
+def test_verdicts_know_which_positions_were_scaled(run: Run, tmp_path: Path) -> None:
+    for positions, outcomes in (("3", {2: "holds"}), ("0", {2: "undecided", 3: "undecided", 5: "undecided"})):
+        code, out, _ = run("--positions", positions, "--factors", "0.5,1.5", "--output", tmp_path / positions)
+        assert code == 0
+        verdicts = json.loads((tmp_path / positions / "summary.json").read_text())["verdicts"]
+        found = {verdict["number"]: verdict["verdict"] for verdict in verdicts}
+        assert outcomes.items() <= found.items()
+        assert f"at position {positions}" in out
+
+
+def test_the_precision_of_products_and_what_was_not_run_are_recorded(run: Run, tmp_path: Path) -> None:
+    try:
+        assert run("--matmul-precision", "medium", "--factors", "0.5,1", "--output", tmp_path / "out")[0] == 0
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"]["matmul_precision"] == "medium"
+    assert summary["factors_not_run"] == [1.0]
+    assert summary["threads"] == torch.get_num_threads()
 
 
 # Verdicts on streams whose verdicts are known.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from minigpt import GPT2, Sweep, scaled, sweep
 from minigpt.divergence import MEASURES, POSITION_SETS
 from minigpt.fanout import Grid, Place, estimate_bytes, free_bytes, plan
 from minigpt.scales import SITES, Site, scale_name
-from minigpt.selfcheck import self_check
+from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS, padded
 from tests.conftest import ROOT, SMALL
 
@@ -161,7 +162,7 @@ print((kilobytes("VmHWM") - before) * 1024 / estimate)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(("site", "texts", "length"), [("output", 1, 1024), ("head", 2, 128), ("mlp", 8, 128)])
-def test_the_measured_peak_is_within_the_estimate(site: str, texts: int, length: int) -> None:
+def test_the_measured_peak_is_at_most_a_little_above_the_estimate(site: str, texts: int, length: int) -> None:
     command = [sys.executable, "-c", MEASURED, site, str(texts), str(length)]
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert 0.3 < ratio <= 1.3
@@ -189,6 +190,7 @@ def test_frobenius_has_the_contracts_axes_and_leaves_positions_out(model: GPT2, 
 
 def test_factor_1_and_places_before_the_site_are_exactly_clean(model: GPT2, ids: Tensor) -> None:
     statistics = sweep(model, ids, (2,), FACTORS).statistics
+    assert sweep(model, ids, (2,), FACTORS).not_run == (1.0,)
     assert not statistics.difference[0, 1].any()
     assert not statistics.difference[0, :, :3].any()
     assert (statistics.difference[0, [0, 2, 3], 3:] > 0).all()
@@ -257,6 +259,29 @@ def test_self_check_notices_a_wrong_cell_of_any_entry(model: GPT2, ids: Tensor, 
     assert broken(model, result) == ["a run"]
 
 
+@pytest.mark.parametrize("site", ["output", "head"])
+def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[..., GPT2], site: Site) -> None:
+    exact, texts = small(dtype=torch.float32), [[1, 2, 3, 4, 5], [6, 7, 8]]
+    half = small(dtype=torch.float32).to(torch.bfloat16)
+    result = sweep(half, texts, (0, 1, 2), (0.5, 0.95, 1.0, 3.0), site)
+    errors = rounding_errors(exact, result)
+    assert len(errors) == 3 * 2
+    assert [error.factor for error in errors[:2]] == [0.95, 3.0]
+    for error in errors:
+        entry = next(
+            i
+            for i, layer in enumerate(result.layers)
+            if (layer, (result.heads or {i: None})[i]) == (error.layer, error.head)
+        )
+        heads = None if error.head is None else [error.head]
+        alone = sweep(exact, texts, [error.layer], [error.factor], site, heads).frobenius()[0, 0]
+        found = result.frobenius()[entry, result.factors.index(error.factor)]
+        apart = ((found - alone).abs() / alone)[error.layer + 1 :].max()
+        assert error.error == pytest.approx(float(apart))
+        assert error.error > 1e-5
+    assert max(error.error for error in rounding_errors(exact, sweep(exact, texts, (0,), (0.5,), "output"))) < 1e-5
+
+
 @pytest.mark.parametrize("skip", [-1, 10, 99])
 def test_leaving_out_every_position_is_refused(model: GPT2, ids: Tensor, skip: int) -> None:
     with pytest.raises(ValueError, match="10 positions"):
@@ -312,6 +337,7 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
         ({"factors": ()}, "at least one"),
         ({"factors": (0.5, float("inf"))}, "finite"),
         ({"factors": (0.5, 0.5)}, "twice"),
+        ({"ids": [1, 2, 3]}, "not lists of token ids"),
         ({"site": "neuron"}, "neuron"),
         ({"heads": (0,)}, "site 'head'"),
         ({"site": "head", "heads": (3,)}, "from 0 to 2"),
@@ -326,6 +352,18 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
 def test_a_grid_out_of_range_is_refused(model: GPT2, ids: Tensor, arguments: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sweep(model, **{"ids": ids, **arguments})
+
+
+def test_a_factor_that_the_models_type_rounds_to_1_is_refused(small: Callable[..., GPT2], ids: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"factor 0\.999 is 1 in torch.bfloat16"):
+        sweep(small(dtype=torch.bfloat16), ids, (1,), (0.5, 0.999))
+    assert sweep(small(dtype=torch.float32), ids, (1,), (0.5, 0.999)).frobenius()[0, 1, 2].min() > 0
+
+
+def test_numpys_numbers_are_numbers(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    result = sweep(model, ids, np.arange(2), np.linspace(0.5, 1.5, 3))
+    result.save(tmp_path / "sweep.safetensors")
+    assert (result.layers, result.factors) == ((0, 1), (0.5, 1.0, 1.5))
 
 
 def test_a_model_that_is_not_clean_is_refused(model: GPT2, ids: Tensor) -> None:
