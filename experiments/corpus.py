@@ -39,6 +39,8 @@ SHARD_WINDOWS = 16
 RESAMPLES, SEED = 1000, 0
 """Of the bootstrap."""
 INTERVAL = (0.025, 0.975)
+BOOTSTRAP = {"of": "mean", "quantiles": INTERVAL, "resamples": RESAMPLES, "seed": SEED}
+"""How `low` and `high` come about, for a summary."""
 PATIENCE = timedelta(days=30)
 """A rank may wait as long as another works; one that dies is noticed by torchrun, which ends them all."""
 MOST_NUMBERS = 2**20

@@ -32,7 +32,7 @@ from experiments.common import (
     parse_numbers,
     results_in,
 )
-from experiments.corpus import Ranks, Shards, default_max_bytes, joined_ranks, measure_corpus, rank_device
+from experiments.corpus import BOOTSTRAP, Ranks, Shards, default_max_bytes, joined_ranks, measure_corpus, rank_device
 from experiments.curves import Curves, describe_entry, measure
 from experiments.texts import Texts
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
@@ -91,7 +91,7 @@ class Checked:
     upstream: tuple[float, ...]
     """For every entry, the largest difference before its site, of a run that shares nothing with the clean one."""
     rounding: list[CellError] = field(default_factory=list)
-    """In half precision: a few cells beside float32."""
+    """In half precision, or with products in a lower one: a few cells beside float32."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Study:
         return {
             "settings": self.settings.to_json(),
             "model": self.model,
-            **({"tokens": self.tokens} if self.tokens else {"corpus": self.counts}),
+            **({"tokens": self.tokens} if self.tokens else {"corpus": self.counts, "interval": BOOTSTRAP}),
             "parity": certificate.to_dict() if certificate else "not checked (--no-parity)",
             "factors_not_run": list(self.result.not_run),  # the clean run itself
             "checks": self.checked.checks,

@@ -225,6 +225,7 @@ def test_the_summary_says_which_texts_ran(expected: Path, corpus: Path, tokenize
     assert summary["settings"]["texts"]["path"] == str(corpus)
     assert len(summary["settings"]["texts"]["sha256"]) == 64
     assert summary["settings"]["threads"] == 1
+    assert summary["interval"] == {"of": "mean", "quantiles": [0.025, 0.975], "resamples": 1000, "seed": 0}
     assert len(summary["verdicts"]) == 5
     assert "prompt of" not in json.dumps(summary)
     assert not (expected / "sweep.safetensors").exists()
