@@ -275,52 +275,55 @@ def product_shapes(config: GPT2Config, positions: int) -> list[tuple[int, int, i
 
 
 def single_pass(bench: Bench) -> str:
-    """One clean forward pass, loading, and generation, beside transformers."""
+    """One clean forward pass, generation, and loading, beside transformers."""
+    rows = [*_forward(bench), *_generation(bench), *_loading(bench)]
+    return table(["", "minigpt", "transformers", "times better"], rows)
+
+
+@torch.no_grad()
+def _forward(bench: Bench) -> Table:
     rows = []
-
-    @torch.no_grad()
-    def ours(ids: Tensor) -> None:
-        bench.ours(ids)
-
-    @torch.no_grad()
-    def theirs(ids: Tensor) -> None:
-        bench.heads(ids, use_cache=False)
-
     for positions in (16, 256, 1024):
         ids = bench.ids(positions)
-        times = taking_turns({"ours": partial(ours, ids), "theirs": partial(theirs, ids)}, bench.repetitions)
-        rows.append(_beside(f"forward pass, {positions} positions, s", times))
-
-    def continued(positions: int) -> dict[str, Callable[[], Any]]:
-        ids = bench.ids(positions)
-        return {
-            "ours": lambda: list(generate(bench.ours, ids[0].tolist(), NEW_TOKENS)),
-            "theirs": lambda: bench.heads.generate(
-                ids, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, pad_token_id=0
-            ),
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": partial(bench.ours, ids),
+            "theirs": partial(bench.heads, ids, use_cache=False),
         }
+        rows.append(_beside(f"forward pass, {positions} positions, s", taking_turns(runs, bench.repetitions)))
+    return rows
 
+
+def _generation(bench: Bench) -> Table:
+    rows, exactly = [], {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
     for positions in (16, 256):
-        times = taking_turns(continued(positions), bench.repetitions)
+        ids = bench.ids(positions)
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": lambda ids=ids: list(generate(bench.ours, ids[0].tolist(), NEW_TOKENS)),  # type: ignore[misc]
+            "theirs": partial(bench.heads.generate, ids, do_sample=False, **exactly),
+        }
+        times = taking_turns(runs, bench.repetitions)
         name = f"{NEW_TOKENS} tokens generated, greedy and cached, after {positions}: tokens/s"
         speeds = [NEW_TOKENS / median(times[who]) for who in ("ours", "theirs")]
         rows.append([name, *(f"{speed:.3g}" for speed in speeds), f"**{speeds[0] / speeds[1]:.3g}**"])
-    transformers = quiet_transformers()
+    return rows
 
-    def load(first: bool, from_pretrained: Callable[[Path], Any]) -> None:
-        model = from_pretrained(bench.folder)
-        if first:
-            with torch.no_grad():
-                model(bench.ids(16).cpu())
 
-    for first, name in ((False, "loading from safetensors, s"), (True, "loading and a first pass of 16 positions, s")):
-        loaders = {"ours": GPT2.from_pretrained, "theirs": transformers.GPT2LMHeadModel.from_pretrained}
-        times = taking_turns({who: partial(load, first, make) for who, make in loaders.items()}, bench.repetitions)
-        rows.append(_beside(name, times))
-    for name, who in (("loading", "load"), ("loading and a first pass", "load and run")):
-        peaks = [measured_memory(bench.folder, f"{side} {who}", 16) for side in ("minigpt", "transformers")]
+@torch.no_grad()
+def _loading(bench: Bench) -> Table:
+    loaders = {"ours": GPT2.from_pretrained, "theirs": quiet_transformers().GPT2LMHeadModel.from_pretrained}
+    ids, rows = bench.ids(16).cpu(), []
+    loading: dict[str, Callable[[], Any]] = {who: partial(load, bench.folder) for who, load in loaders.items()}
+    running: dict[str, Callable[[], Any]] = {who: partial(_load_and_run, load, ids) for who, load in loading.items()}
+    for name, runs in (("loading from safetensors", loading), ("loading and a first pass of 16 positions", running)):
+        rows.append(_beside(f"{name}, s", taking_turns(runs, bench.repetitions)))
+    for name, task in (("loading", "load"), ("loading and a first pass", "load and run")):
+        peaks = [measured_memory(bench.folder, f"{side} {task}", 16) for side in ("minigpt", "transformers")]
         rows.append([f"{name}: peak memory, MiB", *(f"{peak:.0f}" for peak in peaks), f"**{peaks[1] / peaks[0]:.3g}**"])
-    return table(["", "minigpt", "transformers", "times better"], rows)
+    return rows
+
+
+def _load_and_run(load: Callable[[], Any], ids: Tensor) -> None:
+    load()(ids)
 
 
 NEW_TOKENS = 32
@@ -515,8 +518,8 @@ Written by `make bench` on {date}; nothing here is typed by hand. {machine}
 Random weights in GPT-2 small's shape (124 million parameters), float32, on the CPU. Contenders take turns within one
 process, {repetitions} times each; "times as long" divides medians. Everyone computes the Frobenius norms of all
 depths, and is compared with minigpt's every time.{absent} "Factors batched" multiplies the scaled block's output by all
-factors, so that rows appear there; "from the start" gives every factor a row of tokens, as one writes it first. Beyond
-{all_up_to} positions those that are slow without being a tool's best are left out.
+factors, so that rows appear there; "from the start" gives every factor a row of tokens, as one writes it first. Who is
+missing beyond {all_up_to} positions was left out for time, and not measured.
 """
 
 
