@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup study test check bench
+.PHONY: setup study tour test check bench
 
 setup: $(READY)
 
@@ -15,6 +15,10 @@ $(READY): pyproject.toml constraints.txt
 
 study: $(READY)
 	$(BIN)/python -m experiments.divergence --output results/study --overwrite
+
+# One thread: a slider's change is small, and a second thread would only wait.
+tour: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m marimo run experiments/tour.py --host 127.0.0.1
 
 test: $(READY)
 	$(BIN)/python -m pytest

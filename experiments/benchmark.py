@@ -446,15 +446,19 @@ def corpus(bench: Bench) -> str:
     small, xl = (window_work(OFFICIAL[name]) for name in ("gpt2", "gpt2-xl"))
     core_hours = 1e6 / (rates[2] / 2) * (xl / small) / 3600
     return table(["processes, one thread each", "windows a second"], rows) + (
-        "\nThe default study (block 2, 21 factors) in GPT-2 small's shape, windows of 64 tokens. A window takes GPT-2 "
-        f"XL {xl / small:.3g} times the arithmetic; at the rate of two processes a table over a million windows is "
-        f"{core_hours:,.0f} core-hours: computed, not run.\n"
+        "\nThe default study without predictions (block 2, 21 factors; position 0 and the others alone at two) "
+        f"in GPT-2 small's shape, windows of 64 tokens. A window takes GPT-2 XL {xl / small:.3g} times the arithmetic; "
+        f"at the rate of two processes a table over a million windows is {core_hours:,.0f} core-hours: computed, not "
+        "run.\n"
     )
 
 
 def window_work(config: GPT2Config, positions: int = 64, factors: int = 20) -> float:
-    """Floating-point operations of the default study on one window, the products alone."""
-    rows = config.n_layer + factors * (config.n_layer - 3)
+    """Floating-point operations of the default study on one window, the products of the blocks alone.
+
+    Three sweeps, each with its clean run; those of position 0 and of the others alone have two factors each.
+    """
+    rows = 3 * config.n_layer + (factors + 4) * (config.n_layer - 3)
     return rows * positions * 2.0 * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
 
 
@@ -463,7 +467,8 @@ def windows_per_second(model: Path, texts: Path, ranks: int) -> float:
     rounds = 3
     with tempfile.TemporaryDirectory() as scratch:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        study = ["-m", "experiments.divergence", "--model", str(model), "--texts", str(texts), "--no-parity", "--quiet"]
+        study = ["-m", "experiments.divergence", "--model", str(model), "--texts", str(texts)]
+        study += ["--no-parity", "--no-predictions", "--quiet"]
         arguments = ["--limit", str(SHARD_WINDOWS * ranks * rounds), "--output", f"{scratch}/out"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [*torchrun, *study, *arguments]

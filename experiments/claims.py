@@ -7,212 +7,337 @@ The claims, in the order of the lecture and the article that retells it:
 3. It keeps growing through the later layers: the norm layers downstream do not heal it.
 4. With the first token included it is about an order of magnitude larger.
 5. It drops slightly at the last block.
+
+What decides is measured per text (`evidence`), so that over a corpus it has an interval.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from experiments.curves import Curves, describe_entry
+from experiments.curves import Curves
+from experiments.estimates import Estimate, Estimates
+from experiments.verdicts import (
+    JUMP_TOLERANCE,
+    MOST,
+    ORDER_OF_MAGNITUDE,
+    UNCHANGED,
+    Decision,
+    Outcome,
+    Verdict,
+    above,
+    all_of,
+    below,
+    figures_of,
+    within,
+)
+from minigpt import Sweep
+from minigpt.divergence import Measure
 
-ORDER_OF_MAGNITUDE = math.sqrt(10)
-"""A ratio above this is nearer to 10 than to 1 on a logarithmic scale: "about an order of magnitude"."""
-JUMP_TOLERANCE = 0.01
-"""Relative to the stream's norm: a jump this near to |s - 1| times it is that, also where bfloat16 rounds the factor;
-the sweep's own check is far stricter."""
-
-Outcome = Literal["holds", "does not hold", "true by construction", "undecided"]
-Figures = dict[str, float | list[float]]
-Decision = tuple[Outcome, str, Figures]
-"""The outcome, a sentence, the figures."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one claim at one site, and the figures that decided."""
-
-    number: int
-    layer: int
-    head: int | None
-    claim: str
-    verdict: Outcome
-    sentence: str
-    figures: Figures
-
-    @property
-    def where(self) -> str:
-        """The site in words."""
-        return describe_entry(self.layer, self.head)
-
-    def to_json(self) -> dict[str, Any]:
-        """For summary.json, which knows no NaN: a figure that is not finite becomes null."""
-        return {**asdict(self), "figures": {name: _finite(value) for name, value in self.figures.items()}}
+DILUTED = (
+    "The change grows, but the stream outgrows it, so that in direction, which is all that a block reads, it shrinks: "
+    "dilution, not repair."
+)
+TURNED_BACK = (
+    "The change grows in length, but turns back towards the clean direction, and direction is all that a block reads."
+)
+ALONE_MEASURES = ("frobenius", "kl")
+"""What is measured when position 0 alone is scaled, and all the others alone: the norm at the last depth, over all
+positions, and kl over all positions."""
 
 
-def _finite(value: float | list[float]) -> Any:
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if math.isfinite(value) else None
+def evidence(result: Sweep, alone: Sequence[Sweep]) -> dict[str, Tensor]:
+    """What decides the claims, per text, over all positions but the first unless named.
 
-
-def judge(curves: Curves, upstream: Sequence[float]) -> list[Verdict]:
-    """Every claim's verdict for every entry of the sweep: of its text, or of the mean over its windows.
-
-    `upstream` is, for every entry, the largest difference before its site of a run that shares nothing
-    with the clean one.
+    Axes [text, layer, factor] and then: `growth`, log of the difference at the last depth over that at the site, which
+    is also log of `relative` over `passive`; `rising`, the share of later blocks in which it grows; `dilution`, log
+    of `relative` at the last depth over that at the site; `turning`, `gauge_free` at the last depth less that after
+    the first block that could react; `last_block`, log of what that block multiplies the difference by;
+    `alignment`, `attention_alignment`, `mlp_alignment` [.., block]: 0 up to the site.
+    `with_first` [text, layer, factor, place]: log of the
+    difference over all positions over that over the rest, 0 before the site; `with_first_mean` [text, layer] its
+    mean over factors and over depths from the site on. `alone` [text, 2, measure, layer,
+    factor]: `ALONE_MEASURES` of position 0 scaled alone, and of the others alone, in the sweeps of `alone`.
     """
-    verdicts = list[Verdict]()
-    for entry, layer in enumerate(curves.layers):
-        case = Case.of(curves, entry, upstream[entry])
-        head = curves.heads[entry] if curves.heads else None
-        for number, (claim, decide) in enumerate(CLAIMS, start=1):
-            verdicts.append(Verdict(number, layer, head, claim, *_decide(decide, case)))
-    return verdicts
+    statistics = result.statistics
+    rest, everything = (statistics.measure("frobenius", positions) for positions in ("rest", "all"))
+    relative, gauge = (statistics.measure(name, "rest") for name in ("relative", "gauge_free"))
+    last, site, entries = rest.shape[2] - 2, torch.tensor(result.layers) + 1, torch.arange(len(result.layers))
+    later = torch.arange(1, last + 1) > site[:, None]  # [layer, block]: whether the block comes after the site
+    rises = rest[:, :, 1:-1] > rest[:, :, :-2]
+    with_first = _log(everything, rest)[:, :, :-1]
+    found = {
+        "growth": _log(rest[:, :, last], rest[entries, :, site]),
+        "rising": (rises & later[:, None, :, None]).sum(2) / later.sum(1)[:, None, None],
+        "dilution": _log(relative[:, :, last], relative[entries, :, site]),
+        "turning": gauge[:, :, last] - gauge[entries, :, (site + 1).clamp_max(last)],
+        "last_block": _log(rest[:, :, last], rest[:, :, last - 1]),
+        "with_first": with_first,
+        "with_first_mean": _mean_from_site(with_first, site, result.factors),
+    }
+    alignments: tuple[Measure, ...] = ("alignment", "attention_alignment", "mlp_alignment")
+    for name in alignments:
+        found[name] = statistics.measure(name, "rest")[:, :, 1:-1]
+    kept = {name: tensor.movedim(-1, 0) for name, tensor in found.items()}
+    if alone:
+        kept["alone"] = torch.stack([_of_alone(of) for of in alone]).movedim(-1, 0)
+    return kept
+
+
+def _mean_from_site(values: Tensor, site: Tensor, factors: Sequence[float]) -> Tensor:
+    """Mean of [layer, factor, place, text] over the factors that are not 1, and over places from the site on."""
+    changed = [j for j, factor in enumerate(factors) if factor != 1]
+    after = torch.arange(values.shape[2]) >= site[:, None]
+    return (values[:, changed] * after[:, None, :, None]).sum((1, 2)) / (len(changed) * after.sum(1))[:, None]
+
+
+def _of_alone(result: Sweep) -> Tensor:
+    """`ALONE_MEASURES`, over all positions: [measure, layer, factor, text]; without predictions the norm alone."""
+    norm = result.statistics.measure("frobenius", "all")[:, :, -2]
+    kl = [result.statistics.measure("kl", "all")[:, :, -1]] if result.statistics.predictions else []
+    return torch.stack([norm, *kl])
+
+
+def _log(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Log of a ratio; 0 where both are 0, as before the site; not a number where one of them is."""
+    ratio = (numerator / denominator).log()
+    finite = ratio.where(ratio.isfinite(), torch.nan)
+    return finite.where((numerator != 0) | (denominator != 0), 0.0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """The curves of one entry over the factors that are not 1: [factor, depth], `rest` unless named."""
+    """All that the claims about one entry are judged on: axis `factor` runs over the factors that are not 1."""
 
-    output: bool
-    """Whether the whole output of a block was scaled, at every position."""
-    first_alone: bool
-    """Whether nothing but position 0 was scaled."""
-    site: int
-    """The depth right after the studied block."""
-    factors: list[float]
-    rest: Tensor
-    everything: Tensor
-    relative: Tensor
-    final: Tensor
-    """[factor], of the stream after the final norm."""
-    first: Tensor
-    """Norm of position 0's clean stream: [depth]."""
-    others: Tensor
-    """Mean norm of the other positions': [depth]."""
-    norm_at_site: float
-    """Norm of the clean stream at the site."""
+    curves: Curves
+    entry: int
+    measured: Estimates
     upstream: float
     """Largest difference before the site, of a run that shares nothing with the clean one."""
 
-    @classmethod
-    def of(cls, curves: Curves, entry: int, upstream: float) -> "Case":
-        """The curves of one entry of the axis `layer`."""
-        changed = [j for j, factor in enumerate(curves.factors) if factor != 1]
-        site, rest = curves.layers[entry] + 1, curves.of("frobenius", "rest")[entry, changed]
-        return cls(
-            output=curves.site == "output" and curves.positions is None,
-            first_alone=curves.positions == (0,),
-            site=site,
-            factors=[curves.factors[j] for j in changed],
-            rest=rest[:, :-1],
-            everything=curves.of("frobenius", "all")[entry, changed, :-1],
-            relative=curves.of("relative", "rest")[entry, changed, :-1],
-            final=rest[:, -1],
-            first=curves.norms[0, :-1],
-            others=curves.norms[1, :-1],
-            norm_at_site=float(curves.norms[2, site]),
-            upstream=upstream,
-        )
+    @property
+    def layer(self) -> int:
+        """The scaled block."""
+        return self.curves.layers[self.entry]
+
+    @property
+    def n_layer(self) -> int:
+        """How many blocks there are."""
+        return len(self.curves.places) - 2
+
+    @property
+    def changed(self) -> list[int]:
+        """The indices of the factors that are not 1."""
+        return [j for j, factor in enumerate(self.curves.factors) if factor != 1]
+
+    @property
+    def factors(self) -> list[float]:
+        """The factors that are not 1."""
+        return [self.curves.factors[j] for j in self.changed]
+
+    def of(self, name: str) -> Estimate:
+        """Evidence about this entry: [factor, ...]."""
+        return self.measured[name].map(lambda tensor: tensor[self.entry, self.changed])
+
+    def frobenius(self) -> Estimate:
+        """The difference over all positions but the first: [factor, place]."""
+        return self.curves.estimate("frobenius", "rest").map(lambda tensor: tensor[self.entry, self.changed])
 
 
-def _verdict(holds: bool) -> Outcome:
-    return "holds" if holds else "does not hold"
+def judge(curves: Curves, measured: Estimates, upstream: Sequence[float], basis: str) -> list[Verdict]:
+    """Every claim's verdict for every entry of a grid: of its text, or over its windows.
+
+    `measured` holds what `evidence` gives; `upstream` is, for every entry, the largest difference before its
+    site of a run that shares nothing with the clean one; `basis` says what the numbers rest on.
+    """
+    verdicts = list[Verdict]()
+    for entry, layer in enumerate(curves.layers):
+        case = Case(curves, entry, measured, upstream[entry])
+        head = curves.heads[entry] if curves.heads else None
+        for number, (claim, decide) in enumerate(CLAIMS, start=1):
+            verdicts.append(Verdict.of(number, claim, _decide(decide, case), basis, layer, head))
+    return verdicts
+
+
+def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
+    if not case.factors:
+        return Decision("undecided", "Only factor 1 was run, which changes nothing.")
+    if case.curves.positions == (0,) and decide is not _upstream:
+        return Decision("undecided", "Nothing but position 0 was scaled, and the claims are about the other positions.")
+    if decide in (_growth, _last_block) and case.layer == case.n_layer - 1:
+        return Decision("undecided", "The scaled block is the last one: no block comes after it.")
+    if decide is _growth and case.layer == case.n_layer - 2:
+        return Decision("undecided", "Only one block comes after the scaled one: nothing can keep growing.")
+    return decide(case)
+
+
+def _ends(case: Case, estimate: Estimate, digits: int = 3) -> str:
+    """A figure at the first and the last factor, in words."""
+    ends = sorted({0, len(case.factors) - 1})
+    return " and ".join(f"{within(estimate.at(end), digits)} at factor {case.factors[end]:g}" for end in ends)
 
 
 def _upstream(case: Case) -> Decision:
-    sentence = (
-        "Blocks before the site read the same numbers in both runs, whatever the weights are. "
-        f"A run of its own differs there by {case.upstream:g}."
-    )
-    outcome: Outcome = "true by construction" if case.upstream == 0 else "does not hold"
-    return outcome, sentence, {"largest_upstream_difference": case.upstream}
+    holds = case.upstream == 0
+    sentence = "Blocks before the site read the same numbers in both runs, whatever the weights are."
+    said = f"A run of its own differs there by {case.upstream:g}."
+    outcome: Outcome = "true by construction" if holds else "does not hold"
+    basis = "" if case.curves.windows is None else "a run of its own over the first windows"
+    return Decision(outcome, sentence, said, {"largest_difference_upstream": case.upstream}, "all", basis)
 
 
 def _jump(case: Case) -> Decision:
-    """By construction for the output site; for a site inside the block, the difference must be above 0."""
-    jump = case.rest[:, case.site]
-    figures: Figures = {"factors": case.factors, "jump": jump.tolist()}
-    if not case.output:
-        sentence = f"From 0 before the block to {jump[0]:.4g} after it at factor {case.factors[0]:g}."
-        return _verdict(bool((jump > 0).all())), sentence, figures
-    distance = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs()
+    place = case.layer + 1
+    curve, norm = case.frobenius().map(lambda tensor: tensor[:, place]), float(case.curves.norms.value[2, place])
+    jump, figures = curve.value, {"factors": case.factors, **figures_of(jump=curve), "norm_at_site": norm}
+    said = f"The jump is {jump[0]:.3g} at factor {case.factors[0]:g} and {jump[-1]:.3g} at factor {case.factors[-1]:g}."
+    if case.curves.site != "output" or case.curves.positions is not None:
+        outcome: Outcome = "holds" if bool((jump > 0).all()) else "does not hold"
+        return Decision(outcome, "What was scaled is no longer what it was, so the stream is another.", said, figures)
+    expected = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs() * norm
+    agrees = bool(((jump - expected).abs() <= JUMP_TOLERANCE * norm).all() and (jump > 0).all())
     sentence = (
-        f"The difference at depth {case.site} is what was put there, |s - 1| times the stream's norm, whatever the "
-        f"weights are: {jump[0]:.4g} at factor {case.factors[0]:g}."
+        "Multiplying the stream by s changes it by s - 1 times itself: the jump is that, whatever the weights are."
     )
-    agrees = bool(
-        ((jump - distance * case.norm_at_site).abs() <= JUMP_TOLERANCE * case.norm_at_site).all() and (jump > 0).all()
-    )
-    return "true by construction" if agrees else "does not hold", sentence, figures
+    return Decision("true by construction" if agrees else "does not hold", sentence, said, figures)
 
 
 def _growth(case: Case) -> Decision:
-    """Holds if, for every factor, the raw difference is larger at the last depth than at the site and rises in more
-    than half of the blocks between.
+    """Holds if, for every factor, later blocks add to the difference, in most of them, and turn it too.
 
-    Larger at the last depth is the same as `relative` above `passive` there: both divide by the same clean
-    norm, so the blocks added to the change and did not repair it. Whether it also grew beside the stream,
-    which grows by itself, is dilution, another question: the sentence says it.
+    Three figures: the difference grows from the site to the last depth, which is the same as `relative` above
+    `passive` there; it rises in most of the blocks between; and `gauge_free`, which no rescaling can move, is
+    larger at the end than after the first block that could react.
     """
-    growth = case.rest[:, -1] / case.rest[:, case.site]
-    rising = (case.rest[:, case.site + 1 :] > case.rest[:, case.site : -1]).double().mean(1)
-    dilution = case.relative[:, -1] / case.relative[:, case.site]
-    held = (growth > 1) & (rising > 0.5)
-    first, last = case.factors[0], case.factors[-1]
-    sentence = (
-        "Counts as growing: larger at the last depth than at the site, and rising in more than half of the blocks "
-        f"between. That is so for {int(held.sum())} of {len(case.factors)} factors. The multiplier from site to last "
-        f"depth, above 1 where the later blocks amplify the change, is {growth[0]:.3g} at factor {first:g} and "
-        f"{growth[-1]:.3g} at factor {last:g}; beside the stream, which grows by itself, it is {dilution[0]:.3g} "
-        f"and {dilution[-1]:.3g}."
+    growth, rising, turning, dilution = (case.of(name) for name in ("growth", "rising", "turning", "dilution"))
+    tests = ((growth, UNCHANGED), (rising, MOST), (turning, UNCHANGED))
+    sure = torch.stack([above(estimate, threshold) for estimate, threshold in tests])
+    never = torch.stack([below(estimate, threshold) for estimate, threshold in tests])
+    outcome = all_of(sure, never)
+    sentence = {
+        "holds": "Later blocks add to the change, and turn it away from anything that a norm layer could undo.",
+        "does not hold": "Not for every factor: somewhere the later blocks take back some of the change.",
+        "undecided": "The intervals leave open whether the later blocks add to the change for every factor.",
+    }[outcome]
+    if bool(sure[:2].all()) and bool(never[2].any()):
+        diluted = bool((never[2] & below(dilution, UNCHANGED)).any())
+        sentence = DILUTED if diluted else TURNED_BACK
+    repair, amplify, other = _signs(case)
+    said = (
+        f"Growing in length and in direction for {int(sure.all(0).sum())} of {len(case.factors)} factors. From site to "
+        f"last depth the norm, and so relative over passive, is multiplied by {_ends(case, growth.map(torch.exp))}; "
+        f"beside the stream, which grows by itself, by {_ends(case, dilution.map(torch.exp))}. gauge_free rises by "
+        f"{_ends(case, turning)}. By the sign of carried and written, blocks that repair for every factor: {repair}; "
+        f"that amplify for every factor: {amplify}; neither: {other}."
     )
-    figures: Figures = {
+    parts = {f"{part}alignment_by_block": case.of(f"{part}alignment") for part in ("", "attention_", "mlp_")}
+    multipliers = {"relative_over_passive": growth.map(torch.exp), "relative_last_over_site": dilution.map(torch.exp)}
+    figures = {
         "factors": case.factors,
-        "raw_last_over_site": growth.tolist(),
-        "share_of_later_blocks_where_raw_grows": rising.tolist(),
-        "relative_last_over_site": dilution.tolist(),
+        **figures_of(**multipliers, share_of_later_blocks_where_it_rises=rising, gauge_free_rise=turning),
+        **figures_of(**parts),
     }
-    return _verdict(bool(held.all())), sentence, figures
+    return Decision(outcome, sentence, said, figures)
+
+
+def _signs(case: Case) -> tuple[str, ...]:
+    """The later blocks whose answer is negative for every factor, positive for every factor, and the others."""
+    answers, blocks = case.of("alignment"), range(case.layer + 1, case.n_layer)
+    repair = [block for block in blocks if bool((answers.high[:, block] < 0).all())]
+    amplify = [block for block in blocks if bool((answers.low[:, block] > 0).all())]
+    other = [block for block in blocks if block not in (*repair, *amplify)]
+    return tuple(", ".join(map(str, found)) or "none" for found in (repair, amplify, other))
 
 
 def _first_token(case: Case) -> Decision:
-    ratios = (case.everything[:, case.site :] / case.rest[:, case.site :]).median(0).values
-    norms = case.first / case.others
-    peak = int(norms.argmax())
-    sentence = (
-        f"With the first token the difference is {ratios[0]:.3g} times as large at the site and {ratios[-1]:.3g} at "
-        f"the last depth; above {ORDER_OF_MAGNITUDE:.2g} counts as an order of magnitude. The first token's stream is "
-        f"at most {norms[peak]:.3g} times the others' mean norm (depth {peak})."
+    """Holds if with position 0 the difference is nearer to 10 times as large than to once, on average over factors
+    and over depths from the site on."""
+    ratios = case.of("with_first").map(lambda tensor: tensor[:, case.layer + 1 :])
+    mean = case.measured["with_first_mean"].map(lambda tensor: tensor[case.entry])
+    outcome = all_of(above(mean, ORDER_OF_MAGNITUDE), below(mean, ORDER_OF_MAGNITUDE))
+    norms = case.curves.norms.value
+    share = norms[0, :-1] / norms[1, :-1]
+    peak = int(share.argmax())
+    sentence = {
+        "holds": "The first token's stream is so long that its change drowns the others'.",
+        "does not hold": "The first token's change is no larger, by an order of magnitude, than the others'.",
+        "undecided": "The interval holds the threshold between one and ten times.",
+    }[outcome]
+    said = (
+        f"With the first token the difference is {within(mean.map(torch.exp))} times as large, averaged over depths "
+        f"and factors; above {math.exp(ORDER_OF_MAGNITUDE):.2g} counts as an order of magnitude. The first token's "
+        f"stream is at most {share[peak]:.3g} times the others' mean norm (depth {peak}).{_alone_in_words(case)}"
     )
-    figures: Figures = {
-        "all_over_rest_by_depth_from_site": ratios.tolist(),
-        "norm_of_position_0_by_depth": case.first.tolist(),
-        "mean_norm_of_other_positions_by_depth": case.others.tolist(),
+    figures = {
+        "factors": case.factors,
+        **figures_of(all_over_rest=mean.map(torch.exp), all_over_rest_by_depth_from_site=ratios.map(torch.exp)),
+        "norm_of_position_0_by_depth": norms[0, :-1].tolist(),
+        "mean_norm_of_other_positions_by_depth": norms[1, :-1].tolist(),
+        **_alone(case),
     }
-    return _verdict(bool(ratios.median() > ORDER_OF_MAGNITUDE)), sentence, figures
+    return Decision(outcome, sentence, said, figures, "all")
+
+
+def alone_factors(factors: Sequence[float]) -> tuple[float, ...]:
+    """The factors for which position 0, and the others, are scaled alone: the smallest and the largest but 1."""
+    changed = [factor for factor in factors if factor != 1]
+    return tuple(dict.fromkeys((min(changed), max(changed)))) if changed else ()
+
+
+def _alone(case: Case) -> dict[str, object]:
+    """The figures of position 0 scaled alone and of the others alone, at `alone_factors`."""
+    if "alone" not in case.measured:
+        return {}
+    found = case.measured["alone"].map(lambda tensor: tensor[:, :, case.entry])  # [who, measure, factor]
+    figures: dict[str, object] = {"alone_factors": list(alone_factors(case.curves.factors))}
+    for who, name in enumerate(("position_0", "others")):
+        for which in range(found.value.shape[1]):
+            figures |= figures_of(**{f"{name}_alone_{ALONE_MEASURES[which]}": found.at(who, which)})
+    return figures
+
+
+def _alone_in_words(case: Case) -> str:
+    if "alone" not in case.measured:
+        return ""
+    found = case.measured["alone"].map(lambda tensor: tensor[:, :, case.entry, 0])  # [who, measure], smallest factor
+    units = ("", " nats")[: found.value.shape[1]]
+    texts = [f"{within(found.at(who, which))}{unit}" for who in (0, 1) for which, unit in enumerate(units)]
+    first, others = texts[: len(units)], texts[len(units) :]
+    names = " and the kl of all predictions by " if len(units) == 2 else ""
+    return (
+        f" At factor {alone_factors(case.curves.factors)[0]:g}, scaling position 0 alone moves the last depth by "
+        f"{names.join(first)}; scaling all others alone by {names.join(others)}."
+    )
 
 
 def _last_block(case: Case) -> Decision:
-    change = case.rest[:, -1] / case.rest[:, -2]
-    dropping, count = int((change < 1).sum()), len(case.factors)
-    sentence = (
-        f"In the last block the raw difference is multiplied by {change[0]:.3g} at factor {case.factors[0]:g} and "
-        f"{change[-1]:.3g} at factor {case.factors[-1]:g}; it drops for {dropping} of {count} factors, and the claim "
-        f"needs all. After the final norm, which transformers lists in the last block's place, it is "
-        f"{case.final[0]:.3g} at factor {case.factors[0]:g}, where the raw one is {case.rest[0, -1]:.3g}."
+    change = case.of("last_block")
+    outcome = all_of(below(change, UNCHANGED), above(change, UNCHANGED))
+    curve = case.frobenius().value
+    dropping = int(below(change, UNCHANGED).sum())
+    sentence = {
+        "holds": "The last block takes back a part of the change.",
+        "does not hold": "The last block does not take the change back for every factor; the final norm alone "
+        "can look like it.",
+        "undecided": "The intervals leave open whether the last block takes back a part of the change.",
+    }[outcome]
+    said = (
+        f"In the last block the raw difference is multiplied by {_ends(case, change.map(torch.exp))}; it drops for "
+        f"{dropping} of {len(case.factors)} factors, and the claim needs all. After the final norm, which "
+        f"transformers lists in the last block's place, it is {curve[0, -1]:.3g} at factor {case.factors[0]:g}, where "
+        f"the raw one is {curve[0, -2]:.3g}."
     )
-    figures: Figures = {
+    figures = {
         "factors": case.factors,
-        "raw_before_last_block": case.rest[:, -2].tolist(),
-        "raw_after_last_block": case.rest[:, -1].tolist(),
-        "after_final_norm": case.final.tolist(),
+        **figures_of(last_block_multiplies_by=change.map(torch.exp)),
+        "raw_before_last_block": curve[:, -3].tolist(),
+        "raw_after_last_block": curve[:, -2].tolist(),
+        "after_final_norm": curve[:, -1].tolist(),
     }
-    return _verdict(dropping == count), sentence, figures
+    return Decision(outcome, sentence, said, figures)
 
 
 CLAIMS: tuple[tuple[str, Callable[[Case], Decision]], ...] = (
@@ -222,13 +347,3 @@ CLAIMS: tuple[tuple[str, Callable[[Case], Decision]], ...] = (
     ("With the first token it is about an order of magnitude larger", _first_token),
     ("It drops at the last block", _last_block),
 )
-
-
-def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
-    if not case.factors:
-        return "undecided", "Only factor 1 was run, which changes nothing.", {}
-    if case.first_alone and decide is not _upstream:
-        return "undecided", "Nothing but position 0 was scaled, and the claims are about the other positions.", {}
-    if decide in (_growth, _last_block) and case.site == case.rest.shape[1] - 1:
-        return "undecided", "The scaled block is the last one: no block comes after it.", {}
-    return decide(case)

@@ -92,7 +92,11 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: S
     try:
         found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"--output {folder} holds other files; choose another folder, or add --overwrite.") from None
+        names = ", ".join(sorted(path.name for path in foreign)[:3])
+        raise ValueError(
+            f"--output {folder} holds other files ({names}), which --overwrite would leave where they are; "
+            "choose another folder, or add --overwrite."
+        ) from None
     if found != settings:
         raise ValueError(f"--output {folder} holds a run with other settings; choose another, or add --overwrite.")
 

@@ -1,155 +1,139 @@
-"""The study's figures, as PNG and SVG."""
+"""The report: one self-contained page that opens offline, from a finished run.
 
+The charts are Vega-Lite, drawn by the library that vl-convert bundles; nothing is fetched. Texts from
+outside are data: the template escapes them, the page's script sets them as text, and a content security
+policy lets no script run but the two whose hashes it names.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import altair as alt
+import jinja2
+import vl_convert
 
-from experiments.curves import Curves
+from experiments.estimates import Row
+from experiments.figures import DARK, LIGHT, VISIBLE, Figures, config
+from experiments.verdicts import Outcome
 
-LINES, IMAGE, RELATIVE = "divergence_lines", "divergence_image", "divergence_relative"
-FORMATS = ("png", "svg")
-MARK = "#222222"  # the edited block
-FACTOR_COLOURS = ("#08519c", "#b0b0b0", "#b34700")  # below 1, at 1, above 1: blue and orange stay apart for all eyes
-WIDTH, HEIGHT = 620, 340  # pixels
-FINAL_WIDTH = 46  # pixels
+HERE = Path(__file__).parent
+MARKS: Mapping[Outcome, str] = {
+    "holds": "\u2713",
+    "does not hold": "\u2717",
+    "true by construction": "=",
+    "undecided": "?",
+}
+"""Beside the word, so that colour is not needed."""
+CLASSES: Mapping[Outcome, str] = {
+    "holds": "holds",
+    "does not hold": "fails",
+    "true by construction": "built",
+    "undecided": "undecided",
+}
 
-Rows = list[dict[str, Any]]
+
+def page(question: str, said: Mapping[str, Any], figures: Figures, basis: str, rows: Sequence[Row] = ()) -> str:
+    """The page of a run: `said` is its summary as summary.json holds it, `basis` what its numbers rest on.
+
+    `rows` of its table are shown as they are.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    bundle = _bundle()
+    script = _script((HERE / "report.js").read_text(encoding="utf-8"))
+    return environment.get_template("report.html.jinja").render(
+        title=question,
+        lead=f"{said['settings']['model']}, {basis}.",
+        tokens=[token.translate(VISIBLE) for token in said.get("tokens", [])],
+        facts=_facts(said),
+        checks=said["checks"],
+        verdicts=_by_site(said["verdicts"]),
+        marks=MARKS,
+        classes=CLASSES,
+        figures=figures.figures,
+        rows=[{name: _number(value) for name, value in row.items()} for row in rows],
+        predictions_title=figures.predictions_title if figures.predictions else "",
+        command=said["command"],
+        versions=", ".join(f"{name} {version}" for name, version in said["versions"].items()),
+        data=_data(figures),
+        bundle=bundle,
+        script=script,
+        script_sources=" ".join(f"'sha256-{_digest(code)}'" for code in (bundle, script)),
+    )
 
 
-def draw(rows: Rows, curves: Curves, about: str, folder: Path) -> None:
-    """Draw the tidy rows of a study: its first studied site, all positions but the first; `about` says of what."""
-    head = {"head": curves.heads[0]} if curves.heads else {}
-    shown = [
-        row
-        for row in rows
-        if row["layer"] == curves.layers[0] and row["positions"] == "rest" and head.items() <= row.items()
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and their embedding, as one script; made anew it takes seconds."""
+    return _script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def _facts(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of what was run."""
+    model, settings = said["model"], said["settings"]
+    shape = model["config"]
+    parity = said["parity"]
+    facts = [
+        ("model", f"{settings['model']}: {shape['n_layer']} blocks, {shape['n_embd']} wide, {shape['n_head']} heads"),
+        *((f"sha256 of {name}", digest) for name, digest in (model.get("sha256") or {}).items()),
+        ("parity with Hugging Face", parity if isinstance(parity, str) else parity["sentence"]),
+        ("computed in", f"{settings['dtype']} on {settings['device']}"),
     ]
-    where = curves.where(0)
-    if len(curves.layers) > 1:
-        about += f"; site 1 of {len(curves.layers)}, the others are in divergence.csv"
-    charts = {
-        LINES: lines(_of(shown, "frobenius"), curves, alt.Title(f"Change after scaling the {where}", subtitle=about)),
-        IMAGE: image(_of(shown, "frobenius"), curves, alt.Title(f"Change after scaling the {where}", subtitle=about)),
-        RELATIVE: relative(
-            shown, curves, alt.Title(f"Change relative to the stream, scaling the {where}", subtitle=about)
-        ),
-    }
-    for name, chart in charts.items():
-        for kind in FORMATS:
-            chart.save(folder / f"{name}.{kind}", scale_factor=2 if kind == "png" else 1)
+    if model.get("repository"):
+        facts.insert(1, ("from the hub", f"{model['repository']} at commit {model['commit']}"))
+    if corpus := said.get("corpus"):
+        texts = settings["texts"]
+        facts.append(("texts", f"{texts['path']}, sha256 {texts['sha256']}"))
+        facts.append(("corpus", ", ".join(f"{count} {name}" for name, count in corpus.items())))
+    asked = ("site", "layers", "factors", "heads", "positions", "target", "sites")
+    facts += [(name, _listed(settings[name])) for name in asked if settings.get(name) is not None]
+    return facts
 
 
-def lines(rows: Rows, curves: Curves, title: alt.Title) -> alt.HConcatChart:
-    """The difference by depth, a line for each factor; `final` stands apart, for it is no block's output."""
-    depths, final = _split(rows)
-    top = max(row["value"] if curves.windows is None else row["high"] for row in rows)
-    y = alt.Y("value:Q", title="Frobenius norm of scaled minus clean").scale(domain=(0, top * 1.08), nice=False)
-    drawn = (
-        alt.Chart(alt.Data(values=depths))
-        .mark_line(point=alt.OverlayMarkDef(size=14))
-        .encode(x=_depth_axis(curves), y=y, color=_factor_colour(rows), detail="factor:Q")
-    )
-    points = (
-        alt.Chart(alt.Data(values=final))
-        .mark_tick(thickness=2, width=FINAL_WIDTH * 0.6)
-        .encode(x=_final_axis(), y=y.axis(None), color=_factor_colour(rows))
-    )
-    return _side_by_side(_mark_site(curves) + _band(depths, curves) + drawn, points, title)
-
-
-def _band(depths: Rows, curves: Curves) -> alt.Chart:
-    """The interval of the mean over windows; nothing for a prompt."""
-    shown = depths if curves.windows is not None else []
-    band = alt.Chart(alt.Data(values=shown)).mark_area(opacity=0.25)
-    x, y, low = _depth_axis(curves), alt.Y("high:Q"), alt.Y2("low:Q")
-    return band.encode(x=x, y=y, y2=low, color=_factor_colour(depths), detail="factor:Q")
-
-
-def image(rows: Rows, curves: Curves, title: alt.Title) -> alt.HConcatChart:
-    """The same numbers as an image, factor x depth."""
-    depths, final = _split(rows)
-    top = max(row["value"] for row in rows)
-    y = alt.Y("factor:O", title="factor", sort="descending")
-    colour = alt.Color("value:Q", title=["Frobenius", "norm"]).scale(scheme="viridis", domain=(0, top))
-    cells = (
-        alt.Chart(alt.Data(values=depths))
-        .mark_rect()
-        .encode(x=_depth_axis(curves, kind="O"), y=y.axis(labelOverlap=True, grid=False), color=colour)
-    )
-    column = alt.Chart(alt.Data(values=final)).mark_rect().encode(x=_final_axis(), y=y.axis(None), color=colour)
-    site = alt.Chart(alt.Data(values=[{"depth": curves.layers[0] + 1}])).mark_rule(color="white", strokeDash=[4, 3])
-    return _side_by_side(cells + site.encode(x=_depth_axis(curves, kind="O")), column, title)
-
-
-def relative(rows: Rows, curves: Curves, title: alt.Title) -> alt.LayerChart:
-    """The difference over the stream's own norm; dashed, what it would be if no later block reacted."""
-    measured, passive = _split(_of(rows, "relative"))[0], _of(rows, "passive")
-    y = alt.Y("value:Q", title="norm of the difference / norm of the clean stream")
-    y = y.scale(domain=(0, max(row["value"] for row in measured) * 1.1), nice=False)
-    encoding = {"x": _depth_axis(curves), "y": y, "color": _factor_colour(rows), "detail": "factor:Q"}
-    solid = alt.Chart(alt.Data(values=measured)).mark_line(point=alt.OverlayMarkDef(size=14)).encode(**encoding)
-    after = [row for row in passive if int(row["depth"]) > curves.layers[0]]
-    dashed = alt.Chart(alt.Data(values=after)).mark_line(strokeDash=[5, 4], strokeWidth=1.2, color=MARK)
-    dashed = dashed.encode(x=encoding["x"], y=encoding["y"], detail="factor:Q")
-    passive_label = "dashed: the change at the site carried along by blocks that do not react (passive)"
-    title.subtitle = [title.subtitle, passive_label]
-    chart = (_mark_site(curves) + dashed + solid).properties(width=WIDTH, height=HEIGHT)
-    return _styled(chart.properties(title=title))
-
-
-def _of(rows: Rows, metric: str) -> Rows:
-    return [row for row in rows if row["metric"] == metric]
-
-
-def _split(rows: Rows) -> tuple[Rows, Rows]:
-    """Rows at a depth, with the depth as a number, and rows at `final`."""
-    depths = [{**row, "depth": int(row["depth"])} for row in rows if row["depth"] != "final"]
-    return depths, [row for row in rows if row["depth"] == "final"]
-
-
-def _depth_axis(curves: Curves, kind: str = "Q") -> alt.X:
-    n_layer = curves.norms.shape[1] - 2
-    axis = alt.Axis(
-        values=list(range(n_layer + 1)),
-        labelExpr="datum.value == 0 ? 'embeddings' : datum.value",
-        labelAngle=0,
-        grid=False,
-        title="depth (d = output of block d - 1)",
-    )
-    x = alt.X(f"depth:{kind}", axis=axis)
-    return x.scale(domain=(0, n_layer), nice=False, padding=12) if kind == "Q" else x
-
-
-def _final_axis() -> alt.X:
-    return alt.X("depth:N", title=None, axis=alt.Axis(labelAngle=0, labelExpr="['final', 'norm']"))
-
-
-def _factor_colour(rows: Rows) -> alt.Color:
-    reach = max(abs(row["factor"] - 1) for row in rows) or 1.0
-    scale = alt.Scale(domain=(1 - reach, 1, 1 + reach), range=FACTOR_COLOURS)
-    run = sorted({row["factor"] for row in rows}, reverse=True)
-    legend = alt.Legend(format="~g", values=run[:: max(1, (len(run) - 1) // 4)])
-    return alt.Color("factor:Q", title="factor", scale=scale, legend=legend)
-
-
-def _mark_site(curves: Curves) -> alt.LayerChart:
-    site = alt.Chart(alt.Data(values=[{"depth": curves.layers[0] + 1, "label": f"block {curves.layers[0]} scaled"}]))
-    rule = site.mark_rule(color=MARK, strokeDash=[2, 3]).encode(x=_depth_axis(curves))
-    text = site.mark_text(align="left", dx=5, dy=8, color=MARK).encode(x="depth:Q", y=alt.value(0), text="label:N")
-    return rule + text
-
-
-def _side_by_side(depths: alt.LayerChart, final: alt.Chart, title: alt.Title) -> alt.HConcatChart:
-    both = alt.hconcat(
-        depths.properties(width=WIDTH, height=HEIGHT), final.properties(width=FINAL_WIDTH, height=HEIGHT), spacing=14
-    )
-    return _styled(both.properties(title=title))
-
-
-def _styled(chart: Any) -> Any:
+def _listed(value: Any) -> str:
     return (
-        chart.configure_view(stroke=None)
-        .configure(background="white")
-        .configure_axis(labelFontSize=11, titleFontSize=12)
+        ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+        if isinstance(value, list)
+        else str(value)
     )
+
+
+def _by_site(verdicts: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Verdicts by what was scaled."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict["where"], []).append(verdict)
+    return list(found.items())
+
+
+def _data(figures: Figures) -> str:
+    """All that the page's script reads, as JSON that cannot end its script element."""
+    whole = {
+        "figures": [{"name": figure.name, "alt": figure.alt, "spec": figure.spec} for figure in figures.figures],
+        "data": figures.data,
+        "places": figures.places,
+        "controls": [vars(control) for control in figures.controls],
+        "titles": figures.titles,
+        "predictions": figures.predictions,
+        "config": {theme: config(theme) for theme in (LIGHT, DARK)},
+    }
+    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)  # ASCII: no line separators either
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _script(code: str) -> str:
+    """Code as it stands in a script element: nothing in it may end the element."""
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n")
+
+
+def _digest(code: str) -> str:
+    return base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()

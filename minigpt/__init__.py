@@ -2,9 +2,24 @@
 
 from minigpt.config import CheckpointError, GPT2Config
 from minigpt.generate import generate
+from minigpt.interventions import Comparison, compare
 from minigpt.model import GPT2
 from minigpt.scales import scaled
+from minigpt.sensitivity import Sensitivity, sensitivity
 from minigpt.sweep import Sweep, sweep
 from minigpt.tokenizer import Tokenizer
 
-__all__ = ["GPT2", "CheckpointError", "GPT2Config", "Sweep", "Tokenizer", "generate", "scaled", "sweep"]
+__all__ = [
+    "GPT2",
+    "CheckpointError",
+    "Comparison",
+    "GPT2Config",
+    "Sensitivity",
+    "Sweep",
+    "Tokenizer",
+    "compare",
+    "generate",
+    "scaled",
+    "sensitivity",
+    "sweep",
+]

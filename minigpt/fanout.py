@@ -5,8 +5,8 @@ cell is one scaled run, an entry with a factor; a place is a depth 0 .. n_layer,
 
 Row 0 of the streams is the clean run. A cell joins them when its site is reached, and starts from
 the clean row: for a site inside a block from the clean write, which is computed once. So no clean
-block is computed twice, each weight is read once for all rows, and what is compared stood in the
-same products. Only numbers per position leave a place: see `Place`.
+block is computed twice, and each weight is read once for as many rows as fit the processor's cache.
+Only numbers per position leave a place: see `Place`.
 """
 
 import math
@@ -20,13 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minigpt.divergence import WRITTEN
 from minigpt.model import GPT2, Attention, Block
+from minigpt.predictions import Predictions, predict, prediction_numbers
 from minigpt.scales import Site, check_site, scales_not_one
 
 Cell = tuple[int, int]
 """The index of an entry, and the index of a factor."""
 CPU_SLAB, GPU_SLAB = 1024, 65536
-"""Tokens that go through a sublayer together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
+"""Tokens that go through a block together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
+SLABS_AT_ONCE = 4
+"""Of runs that cannot share a prefix."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What a sweep may take where nothing else is asked for."""
 
@@ -43,6 +47,8 @@ class Grid:
     factors: tuple[float, ...]
     positions: tuple[int, ...] | None = None
     """The positions that alone are scaled; None for all."""
+    predictions: bool = False
+    """Whether the next-token distributions are compared, which takes the unembedding."""
 
     @classmethod
     def checked(
@@ -54,6 +60,7 @@ class Grid:
         heads: Iterable[int] | None,
         positions: Iterable[int] | None,
         length: int,
+        predictions: bool = False,
     ) -> "Grid":
         """The grid for a model and texts of up to `length` tokens, or a ValueError that says what is out of range."""
         changed = scales_not_one(model)
@@ -72,10 +79,10 @@ class Grid:
         if site != "head":
             if heads is not None:
                 raise ValueError(f"heads were given with the site {site!r}; they belong to the site 'head'.")
-            return cls(site, chosen, None, numbers, where)
+            return cls(site, chosen, None, numbers, where, predictions)
         pairs = [(layer, head) for layer in chosen for head in _in_range("head", heads, model.config.n_head)]
         of_layer, of_head = zip(*pairs, strict=True)
-        return cls(site, of_layer, of_head, numbers, where)
+        return cls(site, of_layer, of_head, numbers, where, predictions)
 
     @property
     def entries(self) -> range:
@@ -114,6 +121,28 @@ class Place:
     """Inner product of the scaled and the clean stream, same axes."""
     clean: Tensor
     """Squared norm of the clean stream: [batch, position]."""
+    written: Tensor
+    """At depth d + 1, what block d wrote otherwise than in the clean run, the numbers that `WRITTEN` names: [number,
+    cell, batch, position]. Zero up to the cell's site, at depth 0 and at `final`."""
+    predictions: Predictions | None = None
+    """At `final`, where they are asked for: rows are the clean run and then the cells."""
+
+
+@dataclass(frozen=True)
+class CleanBlock:
+    """What a block made of the clean run, [batch, position, n_embd] each: what new cells start from."""
+
+    x: Tensor
+    """The stream before the block, float64 as `u` and `y`."""
+    u: Tensor
+    """After attention has written."""
+    y: Tensor
+    """After the MLP has written."""
+    attention: Tensor
+    mlp: Tensor
+    """What they wrote."""
+    z: Tensor
+    """What every head mixed: [batch, position, n_head, head_width]."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +155,8 @@ class Pass:
     ids: Tensor
     """Their tokens: [batch, position]."""
     cells: Sequence[Cell]
+    lengths: Tensor
+    """How many tokens each text has: [batch]."""
 
     @torch.no_grad()
     def places(self) -> Iterator[Place]:
@@ -138,38 +169,56 @@ class Pass:
         yield self._place(0, streams[:begun], scratch)
         for layer, block in enumerate(model.blocks):
             new = [cell for cell in self.cells if self.grid.layers[cell[0]] == layer]
-            end = begun + len(new)
-            self._attend(block, streams[:begun], streams[begun:end], new)
-            begun = end if self.grid.site in ("attention", "head") else begun
-            self._transform(block, streams[:begun], streams[begun:end], new)
-            begun = end
-            yield self._place(layer + 1, streams[:begun], scratch)
-        yield self._place(len(model.blocks) + 1, streams, scratch, model.final_norm)
+            written = self._run_block(block, streams[:begun], streams[begun : begun + len(new)], new, scratch)
+            begun += len(new)
+            yield self._place(layer + 1, streams[:begun], scratch, written=written)
+        last = len(model.blocks) + 1
+        yield self._place(last, streams, scratch, model.final_norm, predictions=self._predict(streams))
 
-    def _attend(self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell]) -> None:
-        """u = x + attention(norm(x)), in place; cells of the sites `attention` and `head` join at u."""
-        attention = block.attention
-        # Last slab first: the clean row's comes at the end, and what it computed is what the new cells start from.
-        for slab in reversed(self._slabs(streams)):
-            z = attention.mix(block.attention_norm(slab.flatten(0, 1)))
-            write = attention.projection(z.flatten(2)).view_as(slab)
-            x = slab[0].clone()
-            slab.add_(write)
-        if self.grid.site == "attention":
-            self._join(joining, new, dict.fromkeys(self.grid.entries, write[0]), x)
-        if self.grid.site == "head":
-            self._join(joining, new, self._head_writes(attention, z[: len(x)], new), slab[0], less=1)
+    def _run_block(
+        self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell], scratch: Tensor
+    ) -> Tensor:
+        """u = x + attention(norm(x)); y = u + mlp(norm(u)); in place, slab by slab, and then new cells join.
 
-    def _transform(self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell]) -> None:
-        """y = u + mlp(norm(u)), in place; cells of the sites `mlp` and `output` join at y."""
-        for slab in reversed(self._slabs(streams)):  # the clean row's at the end, as above
-            write = block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab)
-            u = slab[0].clone()
-            slab.add_(write)
-        if self.grid.site == "mlp":
-            self._join(joining, new, dict.fromkeys(self.grid.entries, write[0]), u)
-        if self.grid.site == "output":
-            self._join(joining, new, dict.fromkeys(self.grid.entries, slab[0]), 0)
+        Returns the numbers that `WRITTEN` names, of all cells: [number, cell, batch, position].
+        """
+        shape = (1 + len(self.cells), len(WRITTEN), *self.ids.shape)
+        numbers = torch.zeros(shape, dtype=torch.float64, device=streams.device)
+        clean: CleanBlock | None = None
+        for slab, into in zip(self._slabs(streams), self._slabs(numbers[: len(streams)]), strict=True):
+            carried, by_attention, by_mlp, product = scratch[:, : len(slab)]
+            carried.copy_(slab)
+            z = block.attention.mix(block.attention_norm(slab.flatten(0, 1)))
+            attention = block.attention.projection(z.flatten(2)).view_as(slab)
+            by_attention.copy_(slab.add_(attention))
+            mlp = block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab)
+            by_mlp.copy_(slab.add_(mlp))
+            if clean is None:  # the first slab holds the clean row, which everything else is compared with
+                rows = (carried, by_attention, by_mlp, attention, mlp)
+                x, u, y, attention_row, mlp_row = (row[0].clone() for row in rows)
+                clean = CleanBlock(x, u, y, attention_row, mlp_row, z[: self.ids.shape[0]].clone())
+            by_mlp.sub_(clean.y).sub_(by_attention.sub_(clean.u))
+            by_attention.sub_(carried.sub_(clean.x))
+            _written(carried, by_attention, by_mlp, product, into)
+        if clean is not None and new:
+            self._start(block, joining, new, clean)
+        return numbers[1:].transpose(0, 1)
+
+    def _start(self, block: Block, joining: Tensor, new: Sequence[Cell], clean: "CleanBlock") -> None:
+        """Fill the rows of new cells, which leave the clean run at this block's site."""
+        entries, site = self.grid.entries, self.grid.site
+        x, u, y = (stream.to(joining.dtype) for stream in (clean.x, clean.u, clean.y))
+        if site == "output":
+            self._join(joining, new, dict.fromkeys(entries, y), 0)
+        elif site == "mlp":
+            self._join(joining, new, dict.fromkeys(entries, clean.mlp), u)
+        else:
+            if site == "attention":
+                self._join(joining, new, dict.fromkeys(entries, clean.attention), x)
+            else:
+                self._join(joining, new, self._head_writes(block.attention, clean.z, new), u, less=1)
+            for slab in self._slabs(joining):
+                slab.add_(block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab))
 
     def _join(
         self, rows: Tensor, cells: Sequence[Cell], parts: Mapping[int, Tensor], rest: Tensor | float, less: int = 0
@@ -201,26 +250,53 @@ class Pass:
         return streams.split(_rows_of_slab(self.ids.numel(), streams.device))
 
     def _place(
-        self, index: int, streams: Tensor, scratch: Tensor, norm: Callable[[Tensor], Tensor] = lambda x: x
+        self,
+        index: int,
+        streams: Tensor,
+        scratch: Tensor,
+        norm: Callable[[Tensor], Tensor] = lambda x: x,
+        written: Tensor | None = None,
+        predictions: Predictions | None = None,
     ) -> Place:
         """The numbers per position of the streams, normed first where it is asked for."""
         clean = norm(streams[0]).double()
         numbers = torch.empty(len(streams), 3, *self.ids.shape, dtype=torch.float64, device=streams.device)
         for slab, into in zip(self._slabs(streams), self._slabs(numbers), strict=True):
-            x, y = scratch[:, : len(slab)]
+            x, y = scratch[:2, : len(slab)]
             x.copy_(norm(slab))
             torch.sum(torch.sub(x, clean, out=y).square_(), -1, out=into[:, 0])
             torch.sum(torch.mul(x, clean, out=y), -1, out=into[:, 2])
             torch.sum(x.square_(), -1, out=into[:, 1])
         difference, scaled, inner = numbers[1:].cpu().unbind(1)
         cells = self.cells[: len(difference)]
-        return Place(self.texts, index, cells, difference, scaled, inner, numbers[0, 1].cpu())
+        if written is None:
+            written = torch.zeros(len(WRITTEN), len(cells), *self.ids.shape, dtype=torch.float64)
+        written = written[:, : len(cells)].cpu()
+        return Place(self.texts, index, cells, difference, scaled, inner, numbers[0, 1].cpu(), written, predictions)
+
+    def _predict(self, streams: Tensor) -> Predictions | None:
+        if not self.grid.predictions:
+            return None
+        return predict(self.model.unembed, self.model.final_norm, streams, self.ids, self.lengths)
 
     def _scratch(self) -> Tensor:
-        """Room for a slab in float64, twice: new memory for every slab would cost more than the sums."""
+        """Room for a slab in float64, four times: new memory for every slab would cost more than the sums."""
         rows = min(1 + len(self.cells), _rows_of_slab(self.ids.numel(), self.ids.device))
-        shape = (2, rows, *self.ids.shape, self.model.config.n_embd)
+        shape = (4, rows, *self.ids.shape, self.model.config.n_embd)
         return torch.empty(shape, dtype=torch.float64, device=self.ids.device)
+
+
+def _written(carried: Tensor, by_attention: Tensor, by_mlp: Tensor, product: Tensor, into: Tensor) -> None:
+    """The inner products that `WRITTEN` names, of differences of streams: [row, batch, position, n_embd], float64."""
+    pairs = {
+        "attention_written": (by_attention, by_attention),
+        "mlp_written": (by_mlp, by_mlp),
+        "parts_inner": (by_attention, by_mlp),
+        "attention_carried": (carried, by_attention),
+        "mlp_carried": (carried, by_mlp),
+    }
+    for index, name in enumerate(WRITTEN):
+        torch.sum(torch.mul(*pairs[name], out=product), -1, out=into[:, index])
 
 
 def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int | None) -> list[Pass]:
@@ -248,7 +324,14 @@ def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int |
         )
     per_pass = math.ceil(len(cells) / math.ceil(len(cells) / (rows - 1))) if cells else 1
     return [
-        Pass(model, grid, chosen, ids[chosen, : int(lengths[chosen].max())].to(device), cells[start : start + per_pass])
+        Pass(
+            model,
+            grid,
+            chosen,
+            ids[chosen, : int(lengths[chosen].max())].to(device),
+            cells[start : start + per_pass],
+            lengths[chosen],
+        )
         for chosen in (slice(first, min(first + texts, len(ids))) for first in range(0, len(ids), texts))
         for start in range(0, max(1, len(cells)), per_pass)
     ]
@@ -269,13 +352,34 @@ def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: in
     heads = tokens * config.n_embd * (config.n_head if grid.heads else 0)
     streams = rows * tokens * config.n_embd
     rearranged = config.n_embd * max(config.mlp_width, 3 * config.n_embd)
-    in_float64 = 2 * slab * config.n_embd + tokens * config.n_embd + 2 * rows * tokens * 3
+    in_float64 = 4 * slab * config.n_embd + 4 * tokens * config.n_embd + 2 * rows * tokens * (3 + len(WRITTEN))
+    in_float64 += prediction_numbers(rows, tokens, config.vocab_size) if grid.predictions else 0
     return (streams + slab * (attention + mlp) + heads + rearranged) * weight.itemsize + in_float64 * 8
 
 
 def _rows_of_slab(tokens: int, device: torch.device) -> int:
     """How many rows of so many tokens go through a sublayer together."""
     return max(1, _slab_tokens(device) // tokens)
+
+
+def rows_at_once(model: GPT2, tokens: int, max_bytes: int | None, least: int = 1, streams: int = 1) -> int:
+    """How many rows of so many tokens go through a whole model together, `least` or more, within `max_bytes`.
+
+    `streams` is 2 where every number comes with its derivative. Raises ValueError when `least` rows need more.
+    """
+    config, weight = model.config, model.final_norm.weight
+    row = (
+        tokens * (11 * config.n_embd + 2 * config.mlp_width) * weight.itemsize * streams
+        + tokens * 6 * config.n_embd * 8
+    )
+    if max_bytes is not None and least * row > max_bytes:
+        raise ValueError(
+            f"max_bytes is {max_bytes}; {least} runs of {tokens} tokens take {least * row}. "
+            "Give more with max_bytes, or fewer or shorter texts."
+        )
+    # A few slabs: a batch has a clean row of its own, which would otherwise be half of it.
+    wanted = max(least, SLABS_AT_ONCE * _slab_tokens(weight.device) // tokens)
+    return wanted if max_bytes is None else min(wanted, max_bytes // row)
 
 
 def _slab_tokens(device: torch.device) -> int:

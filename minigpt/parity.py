@@ -76,7 +76,7 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity: a difference that is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in self.differences.items()}
-        return {**asdict(self), "differences": finite}
+        return {**asdict(self), "differences": finite, "sentence": self.sentence()}
 
 
 class CheckError(Exception):

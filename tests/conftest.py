@@ -1,6 +1,7 @@
 """Models and texts that the tests share; nothing here touches the network."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from minigpt import GPT2, GPT2Config
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+"""For the tests of pages; they are skipped where there is none."""
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "weights" / "tiny"
 SMALL = {"vocab_size": 97, "n_positions": 24, "n_embd": 36, "n_head": 3, "n_layer": 4}

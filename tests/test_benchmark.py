@@ -52,7 +52,7 @@ def test_the_work_of_a_window_counts_the_clean_run_and_twenty_factors_after_the_
     maps = (module for module in ours.blocks[0].modules() if isinstance(module, torch.nn.Linear))
     per_token = 2 * sum(module.weight.numel() for module in maps)
     config = replace(ours.config, n_layer=12)
-    assert benchmark.window_work(config, positions=7) == (12 + 20 * 9) * 7 * per_token
+    assert benchmark.window_work(config, positions=7) == (3 * 12 + 24 * 9) * 7 * per_token
 
 
 def test_a_table_is_markdown() -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import divergence
+from experiments import divergence, runner
 from experiments.corpus import SHARD_WINDOWS, STATISTICS, Shards, batched, summarise
+from experiments.runner import SHORTEST
 from experiments.texts import Texts, read_texts
 from minigpt import GPT2, Tokenizer, sweep
 from tests.conftest import ROOT, TINY
@@ -25,7 +26,7 @@ from tests.test_study import run_main
 
 Run = Callable[..., tuple[int, str, str]]
 SENTENCE = "The old man opened the door and looked out at the sea, and he was not afraid of it. "
-GRID = ("--window", "16", "--factors", "0.5,0.8,1.5", "--no-parity")
+GRID = ("--window", "16", "--factors", "0.5,0.8,1.5", "--no-parity", "--no-predictions")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the study on weights/tiny with these arguments added."""
+    """Run the study on weights/tiny with these arguments added, without drawing."""
+    monkeypatch.setattr(runner, "_draw", lambda *_: None)
     return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -78,7 +80,7 @@ def test_a_csv_field_may_hold_many_lines_and_another_column_may_be_named(tmp_pat
         ("a.csv", b"", "no column 'text'"),
         ("a.csv", b'text\n"one', "is not CSV"),
         ("a.txt", b"caf\xe9 au lait\n", "not UTF-8"),
-        ("a.txt", b"\n\n", "no text has 2 tokens"),
+        ("a.txt", b"\n\n", "no text has 3 tokens"),
     ],
 )
 def test_texts_that_cannot_be_read_are_a_sentence(
@@ -96,7 +98,7 @@ def test_texts_that_cannot_be_read_are_a_sentence(
     ("arguments", "said"),
     [
         (["--texts", "nowhere.txt"], "is not a file"),
-        (["--window", "1"], "2 tokens or more"),
+        (["--window", "1"], "3 tokens or more"),
         (["--window", "1000"], "positions"),
         (["--limit", "0"], "1 window or more"),
         (["--matmul-precision", "low"], "highest, high, medium"),
@@ -205,7 +207,7 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_holds_means_over_windows_of_what_each_window_gives_alone(
     expected: Path, corpus: Path, tokenizer: Tokenizer, tiny: GPT2
 ) -> None:
-    windows = list(Texts.of(corpus, "text", 16, None).windows(tokenizer))
+    windows = list(Texts.of(corpus, "text", 16, None, SHORTEST).windows(tokenizer))
     alone = torch.stack([sweep(tiny, [ids], (2,), (0.5,)).frobenius()[0, 0, :, 0] for ids in windows])
     rows = rows_of(expected, factor=0.5, positions="rest", metric="frobenius")[:-1]
     assert {row["windows"] for row in rows} == {str(len(windows))}
@@ -221,7 +223,7 @@ def test_the_table_holds_means_over_windows_of_what_each_window_gives_alone(
 
 def test_the_summary_says_which_texts_ran(expected: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     summary = json.loads((expected / "summary.json").read_text())
-    assert summary["corpus"] == Texts.of(corpus, "text", 16, None).count(tokenizer)
+    assert summary["corpus"] == Texts.of(corpus, "text", 16, None, SHORTEST).count(tokenizer)
     assert summary["settings"]["texts"]["path"] == str(corpus)
     assert len(summary["settings"]["texts"]["sha256"]) == 64
     assert summary["settings"]["threads"] == 1
@@ -341,7 +343,10 @@ def test_windows_that_lack_a_scaled_position_are_skipped(run: Run, corpus: Path,
 
 
 def test_windows_of_other_settings_are_refused_unless_overwritten(run: Run, corpus: Path, tmp_path: Path) -> None:
-    folder, other = tmp_path / "out", ("--texts", corpus, "--window", "16", "--factors", "0.7", "--no-parity")
+    folder, other = (
+        tmp_path / "out",
+        ("--texts", corpus, "--window", "16", "--factors", "0.7", "--no-parity", "--no-predictions"),
+    )
     assert run("--texts", corpus, *GRID, "--limit", "20", "--output", folder)[0] == 0
     (folder / "summary.json").unlink()  # as if it had been killed at the end
     code, _, err = run(*other, "--limit", "20", "--output", folder)

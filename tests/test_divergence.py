@@ -7,8 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt import GPT2, sweep
-from minigpt.divergence import MEASURES, POSITION_SETS, Statistics, inner_products, squared_norms
+from minigpt import GPT2, scaled, sweep
+from minigpt.divergence import (
+    MEASURES,
+    OF_PREDICTIONS,
+    POSITION_SETS,
+    WRITTEN,
+    Measure,
+    PositionSet,
+    Statistics,
+    inner_products,
+    squared_norms,
+)
+from minigpt.scales import SITES, Site
 
 EVERY = torch.arange(6)
 
@@ -23,6 +34,7 @@ def statistics_of(clean: torch.Tensor, changed: torch.Tensor, layer: int = 0) ->
         inner=inner_products(changed, clean)[cell],
         clean=squared_norms(clean),
         lengths=torch.full((clean.shape[1],), clean.shape[2]),
+        written=torch.zeros(len(WRITTEN), 1, 1, *clean.shape[:3], dtype=torch.float64),
     )
 
 
@@ -75,6 +87,120 @@ def test_cosine_is_blind_to_length(seed: int, scale: float) -> None:
     )
 
 
+ROOT_OF_ROUNDING = 1e-7
+"""gauge_free is the root of a difference that rounds to 1e-16."""
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100), negative=st.booleans())
+def test_gauge_free_is_0_for_any_global_rescaling(seed: int, scale: float, negative: bool) -> None:
+    clean, _ = streams(seed)
+    found = statistics_of(clean, clean * (-scale if negative else scale)).gauge_free(EVERY)
+    assert float(found.max()) < ROOT_OF_ROUNDING
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_gauge_free_is_the_least_distance_over_all_rescalings(seed: int) -> None:
+    clean, changed = streams(seed)
+    best = (clean * changed).sum(-1, keepdim=True) / changed.square().sum(-1, keepdim=True)
+    least = ((best * changed - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1)
+    found = statistics_of(clean, changed)
+    torch.testing.assert_close(found.gauge_free(EVERY)[0, 0], least, rtol=1e-9, atol=ROOT_OF_ROUNDING)
+    for off in (0.9, 1.1):
+        assert (((off * best * changed - clean).norm(dim=-1) / clean.norm(dim=-1)).mean(-1) >= least).all()
+
+
+def test_nothing_is_left_of_a_stream_that_was_scaled_to_0(model: GPT2, ids: torch.Tensor) -> None:
+    statistics = sweep(model, ids, (1,), (0.0,)).statistics
+    assert (statistics.gauge_free(EVERY)[0, 0, 2] == 1).all()
+    assert (statistics.cosine(EVERY)[0, 0, 2] == 0).all()
+    for name in MEASURES:
+        if name not in OF_PREDICTIONS:
+            assert statistics.measure(name, "rest")[:, :, :-1].isfinite().all(), name
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("positions", POSITION_SETS)
+def test_carried_and_written_add_up(
+    small: Callable[..., GPT2], ids: torch.Tensor, site: Site, dtype: torch.dtype, positions: PositionSet
+) -> None:
+    """norm(D + w)^2 = norm(D)^2 + 2 D.w + norm(w)^2 at every block after the site; the two parts' D.w add up."""
+    layers, factors = (1, 0), (0.5, 1.5, -2.0)
+    statistics = sweep(small(dtype=dtype), ids, layers, factors, site).statistics
+    value = {name: statistics.measure(name, positions) for name in MEASURES if name not in OF_PREDICTIONS}
+    carried, after = value["frobenius"][:, :, :-2], value["frobenius"][:, :, 1:-1]
+    for entry, layer in enumerate(statistics.layers):
+        blocks = slice(layer + 1, None)
+        norm, cosine = value["written"][entry, :, 1:-1][:, blocks], value["alignment"][entry, :, 1:-1][:, blocks]
+        before = carried[entry, :, blocks]
+        total = before**2 + 2 * cosine * before * norm + norm**2
+        torch.testing.assert_close(total, after[entry, :, blocks] ** 2, rtol=1e-9, atol=1e-9)
+        parts = sum(value[f"{part}_alignment"] * value[f"{part}_written"] for part in ("attention", "mlp"))
+        torch.testing.assert_close(parts[entry, :, 1:-1][:, blocks], cosine * norm, rtol=1e-9, atol=1e-9)
+        assert not value["written"][entry, :, : layer + 2].any()
+        assert (norm > 0).all()
+
+
+def test_what_a_sublayer_writes_otherwise_is_what_its_module_returns_otherwise(model: GPT2, ids: torch.Tensor) -> None:
+    writes: list[torch.Tensor] = []
+    for block in model.blocks:
+        for module in (block.attention, block.mlp):
+            module.register_forward_hook(lambda _module, _inputs, output: writes.append(output))
+    with torch.no_grad():
+        clean = model.residuals(ids)
+        with scaled(model, {"blocks.1.output_scale": 0.5}):
+            changed = model.residuals(ids)
+    by_clean, by_scaled = torch.stack(writes).unflatten(0, (2, 4, 2))  # [run, block, sublayer, batch, position, n_embd]
+    otherwise = (by_scaled - by_clean)[:, :, :, 1:]
+    statistics = sweep(model, ids, (1,), (0.5,)).statistics
+    carried = (changed - clean)[:, :, 1:]
+    for block in (2, 3):
+        for sublayer, part in enumerate(("attention", "mlp")):
+            w, d = otherwise[block, sublayer].flatten(1), carried[block].flatten(1)
+            norm = statistics.measure(f"{part}_written", "rest")[0, 0, block + 1]
+            torch.testing.assert_close(norm, w.norm(dim=1), rtol=1e-9, atol=1e-9)
+            cosine = statistics.measure(f"{part}_alignment", "rest")[0, 0, block + 1]
+            expected = torch.nn.functional.cosine_similarity(d, w, dim=1)
+            torch.testing.assert_close(cosine, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_block_that_takes_the_change_back_repairs_and_one_that_repeats_it_amplifies(
+    small: Callable[..., GPT2], ids: torch.Tensor
+) -> None:
+    """Block 2 is made to write minus, and plus, its own input: the mirror of one is the other."""
+    found = []
+    for sign in (-1.0, 1.0):
+        model = small(activation_function="relu", n_inner=72)
+        block = model.blocks[2]
+        for parameter in (*block.attention.parameters(), *block.mlp.parameters()):
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        block.mlp_norm.weight.data.fill_(1.0)
+        eye = torch.eye(36, dtype=torch.float64)
+        block.mlp.expand.weight.data.copy_(torch.cat([eye, -eye]))  # relu(x) - relu(-x) = x
+        block.mlp.projection.weight.data.copy_(sign * torch.cat([eye, -eye], 1))
+        found.append(sweep(model, ids, (1,), (0.9,), "mlp").statistics.measure("alignment", "rest")[0, 0, 3])
+    assert (found[0] < -0.5).all()
+    torch.testing.assert_close(found[0], -found[1])
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5, 3.0, 100.0])
+def test_kl_is_0_after_the_last_block_up_to_the_norms_epsilon(
+    small: Callable[..., GPT2], ids: torch.Tensor, factor: float
+) -> None:
+    def kl(epsilon: float) -> float:
+        model = small(layer_norm_epsilon=epsilon)
+        statistics = sweep(model, ids, (2, 3), (factor,), predictions=True).statistics
+        found = statistics.measure("kl", "all")[:, 0, -1]
+        assert (found[0] > 1e-6).all(), "earlier blocks are read by a later one"
+        return float(found[1].max())
+
+    assert kl(1e-12) < 1e-12
+    assert kl(1.0) > 1e-6, "the epsilon is what is left"
+
+
 def test_passive_is_the_jump_over_the_streams_norm(small: Callable[..., GPT2], ids: torch.Tensor) -> None:
     result = sweep(small(), ids, (1,), (0.5, 1.5))
     statistics = result.statistics
@@ -98,7 +224,15 @@ def test_a_single_token_has_no_rest(model: GPT2) -> None:
         statistics.measure("frobenius", "rest")
 
 
+@pytest.mark.parametrize(("name", "positions"), [("clean_norm", "rest"), ("norm", "all"), ("kl", "last")])
+def test_a_measure_or_a_set_that_does_not_exist_is_a_sentence(
+    model: GPT2, ids: torch.Tensor, name: Measure, positions: PositionSet
+) -> None:
+    with pytest.raises(ValueError, match="There is no measure"):
+        sweep(model, ids, (1,), (0.5,), predictions=True).statistics.measure(name, positions)
+
+
 def test_every_measure_has_the_same_axes(model: GPT2, ids: torch.Tensor) -> None:
-    statistics = sweep(model, ids, (0, 2, 3), (0.5, 1.0)).statistics
+    statistics = sweep(model, ids, (0, 2, 3), (0.5, 1.0), predictions=True).statistics
     for name in MEASURES:
         assert statistics.measure(name, "rest").shape == (3, 2, 6, 2)

@@ -14,11 +14,11 @@ ORDER = (
     ("config", "cache", "linear"),
     ("checkpoint",),
     ("hub",),
-    ("model",),
+    ("model", "predictions"),
     ("scales", "tokenizer", "divergence"),
     ("generate", "fanout"),
     ("sweep",),
-    ("selfcheck",),
+    ("selfcheck", "interventions", "sensitivity"),
     ("parity",),
     ("cli",),
 )

@@ -3,9 +3,10 @@
 import csv
 import importlib.util
 import json
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 import typer
 
-from experiments import claims, divergence, train
+from experiments import claims, divergence, runner, train
 from experiments.common import parse_indices, parse_numbers, results_in
 from experiments.curves import Curves
+from experiments.estimates import Estimate, Estimates, of_text
+from experiments.verdicts import Decision, Verdict
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
-from minigpt.divergence import Statistics
+from minigpt.divergence import Statistics, inner_products, squared_norms
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -25,7 +28,12 @@ FILES = {
     "summary.json",
     "divergence.csv",
     "sweep.safetensors",
-    *(f"divergence_{name}.{kind}" for name in ("lines", "image", "relative") for kind in ("png", "svg")),
+    "report.html",
+    *(
+        f"divergence_{name}.{kind}"
+        for name in ("lines", "image", "grid", "alignment", "written", "kl", "loss_change", "changed", "tokens")
+        for kind in ("png", "svg")
+    ),
 }
 
 
@@ -41,9 +49,16 @@ def run_main(
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run_whole(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the study on weights/tiny with these arguments added."""
     return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
+
+
+@pytest.fixture
+def run(run_whole: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same without the figures and the report, which take longer than all the rest."""
+    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    return run_whole
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +66,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of the default study."""
     folder = tmp_path_factory.mktemp("study") / "results"
     factors = parse_numbers("0.5:1.5:0.05", "--factors")
-    settings = divergence.Settings(
-        str(TINY), divergence.PROMPT, (2,), factors, "output", "float32", "cpu", None, parity=True
-    )
-    study = divergence.run_study(settings, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    divergence.write(study, folder)
+    settings = divergence.GridSettings(model=str(TINY), prompt=runner.PROMPT, layers=(2,), factors=factors)
+    experiment = divergence.Divergence(settings)
+    study = runner.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    runner.write(experiment, study, folder)
     return folder
 
 
@@ -69,19 +83,21 @@ def rows_of(folder: Path, **wanted: object) -> list[dict[str, str]]:
 def test_the_study_writes_its_files_and_nothing_else(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == FILES
     assert (finished / "divergence_lines.png").read_bytes().startswith(b"\x89PNG")
-    assert "block 2 scaled" in (finished / "divergence_lines.svg").read_text()
+    assert "scaled: output of block 2" in (finished / "divergence_lines.svg").read_text()
 
 
 def test_the_table_is_tidy_and_whole(finished: Path) -> None:
     columns = ["model", "site", "layer", "factor", "depth", "positions", "metric", "value"]
     assert list(rows_of(finished)[0]) == columns
-    # 21 factors, 3 position sets; 13 depths and final for three measures, 13 depths for passive
-    assert len(rows_of(finished)) == 21 * 3 * (3 * 14 + 13)
+    # 21 factors, 3 position sets; 13 depths and final for four measures, 13 depths for passive and for six of what
+    # blocks write, final alone for four of predictions, but that the loss of the last token's successor has no number
+    assert len(rows_of(finished)) == 21 * 3 * (4 * 14 + 7 * 13 + 4)
+    assert all(math.isfinite(float(row["value"])) for row in rows_of(finished))
 
 
 def test_an_independent_computation_with_a_hook_gives_the_same_frobenius(finished: Path) -> None:
     theirs = parity.load_transformers(TINY, torch.float32)
-    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(divergence.PROMPT)])
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(runner.PROMPT)])
     clean = streams_by_hook(theirs, ids, 1.0)
     for factor in (0.5, 0.75, 1.5):
         expected = (streams_by_hook(theirs, ids, factor) - clean)[:, 0, 1:].flatten(1).norm(dim=1)
@@ -105,7 +121,7 @@ def test_the_summary_says_what_ran_and_what_came_of_it(finished: Path) -> None:
     assert all(check["passed"] for check in summary["checks"])
     assert [verdict["number"] for verdict in summary["verdicts"]] == [1, 2, 3, 4, 5]
     assert summary["versions"]["torch"] == torch.__version__
-    assert "".join(summary["tokens"]) == divergence.PROMPT
+    assert "".join(summary["tokens"]) == runner.PROMPT
 
 
 def test_the_saved_sweep_holds_the_numbers_of_the_table(finished: Path) -> None:
@@ -126,14 +142,15 @@ def test_the_terminal_shows_the_saved_numbers(run: Run, tmp_path: Path) -> None:
 
 
 def test_without_altair_the_numbers_come_without_figures_and_without_old_ones(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run("--factors", "0.5", "--output", tmp_path / "out")[0] == 0
+    assert run_whole("--factors", "0.5", "--output", tmp_path / "out")[0] == 0
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "altair" else find(name))
-    code, _, err = run("--factors", "0.5", "--output", tmp_path / "out")
+    code, _, err = run_whole("--factors", "0.5", "--output", tmp_path / "out")
     assert (code, "No figures" in err) == (0, True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {name for name in FILES if "divergence_" not in name}
+    without = {name for name in FILES if "divergence_" not in name and name != "report.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == without
 
 
 def test_quiet_prints_nothing(run: Run, tmp_path: Path) -> None:
@@ -181,7 +198,8 @@ def test_a_mistake_is_a_sentence_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_runs_folder_is_refused_unless_overwritten(run: Run, tmp_path: Path) -> None:
+def test_another_runs_folder_is_refused_unless_overwritten(run_whole: Run, tmp_path: Path) -> None:
+    run = run_whole
     folder = tmp_path / "out"
     assert run("--factors", "0.5", "--output", folder)[0] == 0
     assert run("--factors", "0.5", "--output", folder)[0] == 0, "the same run replaces its own results"
@@ -197,7 +215,7 @@ def test_another_runs_folder_is_refused_unless_overwritten(run: Run, tmp_path: P
 def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     code, _, err = run("--output", tmp_path)
-    assert (code, "holds other files" in err) == (2, True)
+    assert (code, "holds other files (thesis.txt), which --overwrite would leave" in err) == (2, True)
     code, _, err = run("--output", tmp_path / "thesis.txt" / "results")
     assert (code, "is not a folder" in err) == (2, True)
 
@@ -213,6 +231,14 @@ def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp
     assert (code, "does not run" in err, (tmp_path / "out").exists()) == (1, True, False)
     assert run(*arguments, "--no-parity")[0] == 0
     assert "not checked" in json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
+
+
+def test_another_experiments_files_leave_with_its_summary_and_no_name_reaches_further(tmp_path: Path) -> None:
+    for name, pattern in (("skip_layer", ["skip_layer*"]), ("*", []), ("../thesis", []), (None, []), (["a"], [])):
+        (tmp_path / "summary.json").write_text(json.dumps({"experiment": name}))
+        assert runner._of_former_run(tmp_path) == pattern
+    (tmp_path / "summary.json").write_text("[")
+    assert runner._of_former_run(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_the_finished_run(tmp_path: Path) -> None:
@@ -238,7 +264,7 @@ def test_a_sweep_that_contradicts_the_oracles_ends_with_exit_code_1(
 ) -> None:
     def broken(*arguments: Any, **named: Any) -> Sweep:
         result = sweep(*arguments, **named)
-        result.statistics.difference[0, 0, 3] *= 1.01
+        result.statistics.difference[:, 0, 3] *= 1.01
         return result
 
     monkeypatch.setattr(divergence, "sweep", broken)
@@ -297,22 +323,51 @@ def test_the_precision_of_products_and_what_was_not_run_are_recorded(run: Run, t
 FLAT = [2.0] * 5
 
 
+def evidence_of(
+    curves: list[list[float]], norms: list[float], first: float = 1.0, across: Sequence[float] = (0.5,)
+) -> Sweep:
+    """A sweep of block 0 scaled by 0.5 and 1.5, over three positions.
+
+    `curves` are the differences of one position, for each factor, by depth and at `final`; `norms` the stream's.
+    Position 0 has `first` times both. `across` is the share of the difference that is at a right angle to the
+    stream, by depth, or everywhere.
+    """
+    weight = torch.tensor([first, 1.0, 1.0], dtype=torch.float64)
+    length = torch.tensor(norms, dtype=torch.float64)[:, None, None] * weight  # [place, batch, position]
+    clean = torch.stack([length, torch.zeros_like(length)], -1)
+    share = torch.tensor(across, dtype=torch.float64).expand(len(norms))[:, None, None]
+    size = torch.tensor(curves, dtype=torch.float64)[None, ..., None, None] * weight
+    change = torch.stack([size * (1 - share.square()).sqrt(), size * share], -1)  # [layer, factor, *clean's axes]
+    changed = clean + change
+    statistics = Statistics(
+        (0,),
+        squared_norms(change),
+        squared_norms(changed),
+        inner_products(changed, clean),
+        squared_norms(clean),
+        torch.tensor([3]),
+        torch.zeros(5, *size.shape, dtype=torch.float64),
+    )
+    return Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
+
+
+def judged(result: Sweep, upstream: float = 0.0, spread: float = 0.0) -> dict[int, str]:
+    """Verdicts on a sweep of one layer; `spread` makes intervals of that half width around all that is measured."""
+    measured: Estimates = of_text(claims.evidence(result, ()))
+    if spread:
+        measured = {
+            name: Estimate(of.value, {"low": of.value - spread, "high": of.value + spread})
+            for name, of in measured.items()
+        }
+    verdicts = claims.judge(Curves.of_text(result), measured, [upstream], "a made-up stream")
+    return {verdict.number: verdict.verdict for verdict in verdicts}
+
+
 def verdicts_of(
     curves: list[list[float]], norms: list[float], first: float = 1.0, upstream: float = 0.0
 ) -> dict[int, str]:
-    """Verdicts for block 0 scaled by 0.5 and 1.5, over three positions.
-
-    `curves` are the differences of one position, for each factor, by depth and at `final`; `norms` the stream's.
-    Position 0 has `first` times both.
-    """
-    weight = torch.tensor([first, 1.0, 1.0], dtype=torch.float64)
-    clean = (torch.tensor(norms, dtype=torch.float64)[:, None] * weight)[:, None].square()
-    cells = (torch.tensor(curves, dtype=torch.float64)[..., None] * weight)[None, :, :, None].square()
-    statistics = Statistics(
-        (0,), cells, clean.expand_as(cells), clean.expand_as(cells), clean, torch.tensor([clean.shape[-1]])
-    )
-    result = Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
-    return {verdict.number: verdict.verdict for verdict in claims.judge(Curves.of_text(result), [upstream])}
+    """Verdicts on made-up streams, see `evidence_of`."""
+    return judged(evidence_of(curves, norms, first), upstream)
 
 
 def both(curve: list[float]) -> list[list[float]]:
@@ -320,19 +375,33 @@ def both(curve: list[float]) -> list[list[float]]:
 
 
 def test_a_change_that_keeps_growing_is_not_healed() -> None:
-    assert verdicts_of(both([0, 1, 3, 9, 2]), FLAT)[3] == "holds"
+    assert verdicts_of(both([0, 1, 2, 3, 2]), [4.0] * 5)[3] == "holds"
 
 
-def test_growth_that_the_stream_outgrows_is_dilution_and_no_healing() -> None:
-    assert verdicts_of(both([0, 1, 1.5, 2, 2]), [2, 2, 4, 8, 1])[3] == "holds"
+def test_growth_that_the_stream_outgrows_is_called_dilution() -> None:
+    result = evidence_of(both([0, 1, 1.5, 2, 2]), [3, 3, 4, 8, 1])
+    verdict = claims.judge(Curves.of_text(result), of_text(claims.evidence(result, ())), [0.0], "")[2]
+    assert verdict.verdict == "does not hold"
+    assert "dilution" in verdict.sentence
+    assert verdict.figures["relative_over_passive"] == pytest.approx([2.0, 2.0])
+    assert verdict.figures["relative_last_over_site"] == pytest.approx([0.75, 0.75])
 
 
 def test_a_change_that_shrinks_is_healed() -> None:
     assert verdicts_of(both([0, 1, 0.8, 0.5, 2]), FLAT)[3] == "does not hold"
 
 
+def test_a_change_that_grows_in_length_and_turns_back_is_healed() -> None:
+    growing = both([0, 1, 2, 3, 2])
+    assert judged(evidence_of(growing, [4.0] * 5, across=(0, 0.1, 0.2, 0.3, 0)))[3] == "holds"
+    result = evidence_of(growing, [4.0] * 5, across=(0, 0.9, 0.2, 0.01, 0))
+    verdict = claims.judge(Curves.of_text(result), of_text(claims.evidence(result, ())), [0.0], "")[2]
+    assert verdict.verdict == "does not hold"
+    assert "turns back" in verdict.sentence, "the stream did not outgrow it"
+
+
 def test_a_spike_does_not_keep_growing() -> None:
-    assert verdicts_of(both([0, 1, 9, 8, 7, 2, 1]), [2.0] * 7)[3] == "does not hold"
+    assert verdicts_of(both([0, 1, 9, 8, 7, 2, 1]), [20.0] * 7)[3] == "does not hold"
 
 
 def test_factors_that_disagree_do_not_hold() -> None:
@@ -359,10 +428,73 @@ def test_claims_1_and_2_are_true_by_construction_only_where_the_figures_agree() 
     assert verdicts_of(both([0, 0, 0, 0, 0]), FLAT)[2] == "does not hold"
 
 
+@pytest.mark.parametrize(
+    ("number", "curve", "first", "narrow"),
+    [
+        (3, [0, 1, 2, 3, 4], 1.0, "holds"),
+        (3, [0, 1, 0.8, 0.5, 2], 1.0, "does not hold"),
+        (4, [0, 1, 2, 3, 4], 42.0, "holds"),
+        (4, [0, 1, 2, 3, 4], 1.0, "does not hold"),
+        (5, [0, 1, 2, 1.5, 5], 1.0, "holds"),
+        (5, [0, 1, 2, 2.5, 5], 1.0, "does not hold"),
+    ],
+)
+def test_an_interval_that_holds_the_threshold_leaves_a_claim_undecided(
+    number: int, curve: list[float], first: float, narrow: str
+) -> None:
+    result = evidence_of(both(curve), [4.0] * 5, first)
+    assert judged(result, spread=0.01)[number] == narrow
+    assert judged(result, spread=3.0)[number] == "undecided"
+
+
+def test_nothing_can_keep_growing_in_a_single_block(model: GPT2, ids: torch.Tensor) -> None:
+    """One later block: `gauge_free` of an output scale starts from 0 at the site, so that it rises whatever happens."""
+    result = sweep(model, ids, (2,), (0.5,))
+    assert judged(result)[3] == "undecided"
+    assert judged(result)[5] != "undecided"
+
+
+def test_few_windows_decide_nothing_that_rests_on_an_interval() -> None:
+    verdict = Verdict.of(3, "", Decision("holds", ""), "")
+    assert [verdict.over(windows).verdict for windows in (None, 1, 19, 20)] == [
+        "holds",
+        "undecided",
+        "undecided",
+        "holds",
+    ]
+    built = Verdict.of(1, "", Decision("true by construction", ""), "")
+    assert built.over(1).verdict == "true by construction"
+
+
 def test_factor_1_alone_decides_nothing(model: GPT2, ids: torch.Tensor) -> None:
-    assert {verdict.verdict for verdict in claims.judge(Curves.of_text(sweep(model, ids, (1,), (1.0,))), [0.0])} == {
-        "undecided"
-    }
+    assert set(judged(sweep(model, ids, (1,), (1.0,))).values()) == {"undecided"}
+
+
+def test_evidence_is_made_of_the_measures(model: GPT2, ids: torch.Tensor) -> None:
+    result = sweep(model, ids, (1,), (0.5, 1.5), predictions=True)
+    found = claims.evidence(result, [result, result])
+    statistics = result.statistics
+    relative, passive = (statistics.measure(name, "rest")[0, :, 4] for name in ("relative", "passive"))
+    torch.testing.assert_close(found["growth"][:, 0].exp(), (relative / passive).T)
+    torch.testing.assert_close(found["alignment"][:, 0, :, 3], statistics.measure("alignment", "rest")[0, :, 4].T)
+    torch.testing.assert_close(found["alone"][:, 0, 1, 0], statistics.measure("kl", "all")[0, :, -1].T)
+    ratio = statistics.measure("frobenius", "all") / statistics.measure("frobenius", "rest")
+    torch.testing.assert_close(found["with_first"][:, 0, :, 2:].exp(), ratio[0, :, 2:5].permute(2, 0, 1))
+    assert {name: tensor.shape[0] for name, tensor in found.items()} == dict.fromkeys(found, 2)
+
+
+def test_scaling_position_0_alone_is_told_from_scaling_the_others(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    figures = summary["verdicts"][3]["figures"]
+    assert figures["alone_factors"] == [0.5, 1.5]
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(runner.PROMPT)])
+    model = GPT2.from_pretrained(TINY)
+    for who, positions in (("position_0", [0]), ("others", range(1, ids.shape[1]))):
+        alone = sweep(model, ids, [2], [0.5, 1.5], positions=positions, predictions=True).statistics
+        assert figures[f"{who}_alone_frobenius"] == pytest.approx(
+            alone.measure("frobenius", "all")[0, :, 12, 0].tolist()
+        )
+        assert figures[f"{who}_alone_kl"] == pytest.approx(alone.measure("kl", "all")[0, :, -1, 0].tolist())
 
 
 # Training.

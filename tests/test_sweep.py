@@ -68,15 +68,17 @@ def test_positions_that_alone_are_scaled_are_a_column_of_the_scale(
 
 def test_texts_of_different_lengths_are_what_each_is_alone(model: GPT2, ids: Tensor) -> None:
     texts = [ids[0, :4].tolist(), ids[1].tolist(), ids[0, 3:].tolist()]
-    together = sweep(model, texts, (1, 2), FACTORS)
+    together = sweep(model, texts, (1, 2), FACTORS, predictions=True)
     assert together.lengths.tolist() == [4, 10, 7]
     for i, text in enumerate(texts):
-        by_itself = sweep(model, torch.tensor([text]), (1, 2), FACTORS)
+        by_itself = sweep(model, torch.tensor([text]), (1, 2), FACTORS, predictions=True)
         for name in MEASURES:
             for positions in POSITION_SETS:
                 expected = by_itself.statistics.measure(name, positions)[..., 0]
                 found = together.statistics.measure(name, positions)[..., i]
-                torch.testing.assert_close(found, expected, equal_nan=True, **SAME)
+                # the root of a difference, and cosines of small writes: a rounding of 1e-16 counts as 1e-8
+                near = {"rtol": 1e-7, "atol": 1e-7} if name == "gauge_free" or "alignment" in name else SAME
+                torch.testing.assert_close(found, expected, equal_nan=True, **near)
         torch.testing.assert_close(together.frobenius(skip=2)[..., i], by_itself.frobenius(skip=2)[..., 0], **SAME)
     assert not broken(model, together)
 
@@ -144,9 +146,9 @@ from minigpt.fanout import Grid, estimate_bytes, plan
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-site, texts, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = GPT2(GPT2Config(n_embd=384, n_layer=3, n_head=6, n_positions=length, vocab_size=512))
-grid = Grid.checked(model, None, [0.5 + 0.1 * i for i in range(9)], site, None, None, length)
+site, texts, length, predictions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+model = GPT2(GPT2Config(n_embd=384, n_layer=3, n_head=6, n_positions=length, vocab_size=4096))
+grid = Grid.checked(model, None, [0.5 + 0.1 * i for i in range(9)], site, None, None, length, predictions)
 ids, lengths = torch.zeros(texts, length, dtype=torch.long), torch.full((texts,), length)
 for _ in plan(model, grid, ids[:, :8], lengths.clamp(max=8), None)[0].places():
     pass  # what every process loads once
@@ -161,9 +163,14 @@ print((kilobytes("VmHWM") - before) * 1024 / estimate)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize(("site", "texts", "length"), [("output", 1, 1024), ("head", 2, 128), ("mlp", 8, 128)])
-def test_the_measured_peak_is_at_most_a_little_above_the_estimate(site: str, texts: int, length: int) -> None:
-    command = [sys.executable, "-c", MEASURED, site, str(texts), str(length)]
+@pytest.mark.parametrize(
+    ("site", "texts", "length", "predictions"),
+    [("output", 1, 1024, False), ("head", 2, 128, False), ("mlp", 8, 128, False), ("mlp", 8, 128, True)],
+)
+def test_the_measured_peak_is_at_most_a_little_above_the_estimate(
+    site: str, texts: int, length: int, predictions: bool
+) -> None:
+    command = [sys.executable, "-c", MEASURED, site, str(texts), str(length), str(predictions)]
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert 0.3 < ratio <= 1.3
 

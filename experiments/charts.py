@@ -1,0 +1,162 @@
+"""The kinds of chart that figures are made of, in Altair."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import altair as alt
+
+FACTOR_COLOURS = ("#2b7bd9", "#9aa3ad", "#d9691e")  # below 1, at 1, above 1: blue and orange stay apart for all eyes
+PARTS = {"attention": "#2b7bd9", "MLP": "#d9691e", "both": "#7a8490"}
+PAIR = ("#2b7bd9", "#d9691e", "#2a8f6b", "#8a5bb5")
+HEIGHT = 320  # pixels
+ROW = 17
+"""Pixels of a heat map's row."""
+
+Filter = str
+"""A Vega expression over `datum` and the parameters."""
+
+
+def place_axis(names: Sequence[str], title: str = "place in the residual stream") -> alt.X:
+    """The places, in order, by name: few labels where there are many."""
+    axis = alt.Axis(labelAngle=-90 if len(names) > 8 else -45, labelOverlap="greedy", grid=False, title=title)
+    return alt.X("place:N", sort=list(names), axis=axis).scale(domain=list(names))
+
+
+def _chart(data: str, filters: Sequence[Filter], arrays: Sequence[str] = ()) -> alt.Chart:
+    chart = alt.Chart(alt.NamedData(data))
+    for condition in filters:
+        chart = chart.transform_filter(condition)
+    return chart.transform_flatten(list(arrays)) if arrays else chart
+
+
+def _params(chart: Any, params: Mapping[str, Any], height: int | None = HEIGHT) -> dict[str, Any]:
+    declared = [alt.param(name=name, value=value) for name, value in params.items()]
+    spec = chart.add_params(*declared).properties(width="container", height=height or HEIGHT).to_dict()
+    for unwanted in ("config", "$schema"):
+        spec.pop(unwanted, None)
+    return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **spec}
+
+
+def factor_colour(factors: Sequence[float]) -> alt.Color:
+    """Blue below 1, orange above, grey near it."""
+    reach = max((abs(factor - 1) for factor in factors), default=1.0) or 1.0
+    run = sorted(set(factors), reverse=True)
+    legend = alt.Legend(format="~g", values=run[:: max(1, (len(run) - 1) // 4)], orient="top", direction="horizontal")
+    scale = alt.Scale(domain=(1 - reach, 1, 1 + reach), range=FACTOR_COLOURS, interpolate="rgb")
+    return alt.Color("factor:Q", title="factor", scale=scale, legend=legend)
+
+
+def lines_by_place(
+    names: Sequence[str], factors: Sequence[float], site: Filter, params: Mapping[str, Any], intervals: bool
+) -> dict[str, Any]:
+    """A measure by place, a line for each factor, the chosen one in front; `final norm` stands apart: it is no block.
+
+    The dataset `curves` has rows with arrays `value` and `place` (and `low`, `high`); `site` picks the scaled place.
+    """
+    also = "measure == 'relative' && datum.metric == 'passive' && datum.factor == factor"
+    filters = ["datum.entry == layer", "datum.positions == positions", f"datum.metric == measure || ({also})"]
+    arrays = ["value", "place", *(["low", "high"] if intervals else [])]
+    curves = _chart("curves", filters, arrays).transform_filter("datum.metric != 'passive' || datum.value > 0")
+    x, y, colour = place_axis(names), alt.Y("value:Q", title="{measure}").scale(zero=True), factor_colour(factors)
+    opacity = alt.condition("datum.factor == factor", alt.value(1.0), alt.value(0.55))
+    width = alt.condition("datum.factor == factor", alt.value(3), alt.value(1))
+    dash = alt.condition("datum.metric == 'passive'", alt.value([5, 4]), alt.value([1, 0]))
+    depths, final = (curves.transform_filter(f"datum.place {sign} 'final norm'") for sign in ("!=", "=="))
+    tooltip = [alt.Tooltip("factor:Q"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    encoding = {"x": x, "y": y, "color": colour, "opacity": opacity, "tooltip": tooltip}
+    drawn = depths.mark_line().encode(**encoding, strokeWidth=width, strokeDash=dash, detail=["factor:Q", "metric:N"])
+    marks = [_site_rule(names, site), drawn, final.mark_tick(thickness=2).encode(**encoding)]
+    if intervals:
+        band = depths.transform_filter("datum.factor == factor && datum.metric == measure")
+        marks.insert(1, band.mark_area(opacity=0.3).encode(x=x, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=colour))
+    return _params(alt.layer(*marks), params)
+
+
+def _site_rule(names: Sequence[str], site: Filter, on_map: bool = False) -> alt.Chart:
+    """A dashed line where the scaled block's output stands."""
+    sites = _chart("places", [site])
+    rule = sites.mark_rule(strokeDash=[2, 3], color="white") if on_map else sites.mark_rule(strokeDash=[2, 3])
+    return rule.encode(x=place_axis(names))
+
+
+def heat_map(
+    data: str,
+    filters: Sequence[Filter],
+    names: Sequence[str],
+    row: alt.Y,
+    title: str,
+    params: Mapping[str, Any],
+    rows: int,
+    site: Filter | None = None,
+    reach: float | None = None,
+    x_title: str = "place in the residual stream",
+) -> dict[str, Any]:
+    """A row for each of something, a column for each place, or block; dark is small.
+
+    `reach` is the largest absolute value of numbers of both signs: blue is below 0, orange above.
+    """
+    around_0 = alt.Scale(scheme="blueorange", domain=[-(reach or 1), reach or 1])
+    scale = alt.Scale(scheme="viridis") if reach is None else around_0
+    legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, titleLimit=500)
+    colour = alt.Color("value:Q", title=title, scale=scale, legend=legend)
+    cells = _chart(data, filters, ["value", "place"]).mark_rect()
+    of_row = alt.Tooltip(str(cast("dict[str, Any]", row.to_dict())["field"]), type="nominal")
+    tooltip = [of_row, alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    chart = cells.encode(x=place_axis(names, x_title), y=row, color=colour, tooltip=tooltip)
+    marks = [chart] if site is None else [chart, _site_rule(names, site, on_map=True)]
+    return _params(alt.layer(*marks), params, max(90, ROW * rows))
+
+
+def rows_axis(field: str, title: str, order: Sequence[Any] | None = None, kind: str = "N") -> alt.Y:
+    """The rows of a heat map; `order` from top to bottom."""
+    axis = alt.Axis(labelOverlap=True, grid=False, labelLimit=140, title=title, titlePadding=12)
+    return alt.Y(f"{field}:{kind}", axis=axis, sort=list(order) if order is not None else "descending")
+
+
+def parts_by_block(
+    data: str, filters: Sequence[Filter], blocks: Sequence[str], y: str, params: Mapping[str, Any], bars: bool
+) -> dict[str, Any]:
+    """Attention's and the MLP's part beside each other, or several norms as lines, by block."""
+    x = place_axis(blocks, "block")
+    chart = _chart(data, filters, ["value", "place"])
+    tooltip = [alt.Tooltip("part:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
+    height = alt.Y("value:Q", title=y)
+    if not bars:
+        colour = alt.Color("part:N", scale=alt.Scale(range=list(PAIR)), legend=legend, sort=None)
+        drawn = chart.mark_line(point=True).encode(x=x, y=height, color=colour, tooltip=tooltip)
+        return _params(alt.layer(drawn), params)
+    colour = alt.Color("part:N", scale=alt.Scale(domain=list(PARTS), range=list(PARTS.values())), legend=legend)
+    drawn = chart.mark_bar().encode(
+        x=x, y=height, color=colour, xOffset=alt.XOffset("part:N", sort=list(PARTS)), tooltip=tooltip
+    )
+    zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
+    return _params(alt.layer(drawn, zero), params)
+
+
+def bars_by_layer(
+    data: str,
+    filters: Sequence[Filter],
+    names: Sequence[str],
+    x_title: str,
+    y_title: str,
+    params: Mapping[str, Any],
+    intervals: bool,
+    parts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A bar for each layer, or intervention; with its interval over windows. `parts` stand side by side."""
+    x, tooltip = place_axis(names, x_title), [alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    chart = _chart(data, filters)
+    encoding: dict[str, Any] = {"x": x, "y": alt.Y("value:Q", title=y_title), "tooltip": tooltip}
+    if parts:
+        legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
+        encoding["color"] = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(PAIR)), legend=legend)
+        encoding["xOffset"] = alt.XOffset("part:N", sort=list(parts))
+    else:
+        encoding["color"] = alt.value(PAIR[0])
+    marks = [chart.mark_bar().encode(**encoding)]
+    if intervals:
+        rule = {name: of for name, of in encoding.items() if name in ("x", "xOffset")}
+        marks.append(chart.mark_rule(strokeWidth=2).encode(**rule, y=alt.Y("low:Q"), y2=alt.Y2("high:Q")))
+    zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
+    return _params(alt.layer(*marks, zero), params)

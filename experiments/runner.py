@@ -1,0 +1,400 @@
+"""What every experiment's run consists of; an experiment itself says what it measures and what follows from it.
+
+A run certifies parity with Hugging Face, measures one prompt, or every window of a corpus, tries the
+measurement against what must be true of any weights, judges the claims, and writes a summary, a table,
+figures and a report, all or nothing.
+
+    class MyExperiment(Experiment): ...                # name, question, run, measure, rows; and what else it has
+    main = commandline.command(MyExperiment.from_options)  # with the options that all share
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+import typer
+from torch import Tensor
+
+from experiments.common import SUMMARY, check_output, encode_prompt, parse_indices, results_in
+from experiments.corpus import BOOTSTRAP, Ranks, Shards, measure_corpus
+from experiments.estimates import Estimates, Row, of_text, of_windows
+from experiments.figures import Figures, save_figures
+from experiments.texts import Texts
+from experiments.verdicts import Verdict, lines_of
+from minigpt import GPT2, Sweep, Tokenizer, parity
+from minigpt.selfcheck import self_check
+
+PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
+WINDOWS = "windows"
+"""The folder within the output folder that holds what a corpus run has measured so far."""
+REPORT = "report.html"
+CHECKED_WINDOWS = 2
+"""Of a corpus: enough to try the oracles on a batch."""
+FEW_ROWS = 20
+"""Of the table, shown where an experiment shows nothing of its own."""
+SHORTEST = 3
+"""Tokens of a window: a first one, a second one, and one for the second to predict."""
+
+Ids = Sequence[Sequence[int]]
+Raw = TypeVar("Raw")
+"""What an experiment's run of some texts leaves, before it is cut down to numbers per text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was asked for; two runs with equal settings may replace each other's results. Experiments add fields."""
+
+    model: str
+    prompt: str | None
+    dtype: str = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    parity: bool = True
+    matmul_precision: str = "highest"
+    texts: Texts | None = None
+    max_bytes: int | None = None
+    threads: int | None = None
+    """Of each process, over a corpus on CPUs: another number gives other last bits."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a summary holds them."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an experiment begins with: the model and the options that all experiments share."""
+
+    model: GPT2
+    tokenizer: Tokenizer
+    common: Mapping[str, Any]
+    """Fields of `Settings`, all but the text's."""
+    prompt: str | None
+    corpus: Callable[[int], Texts | None]
+    """The texts that are asked for, given the fewest tokens that a window may have."""
+
+    def settings(self, prompt: str = PROMPT, shortest: int = SHORTEST) -> dict[str, Any]:
+        """Every field of `Settings`; `prompt` is the default one, `shortest` the fewest tokens of a window."""
+        texts = self.corpus(shortest)
+        given = prompt if self.prompt is None else self.prompt
+        return {**self.common, "texts": texts, "prompt": None if texts else given}
+
+    def indices(self, given: str, what: str) -> tuple[int, ...] | None:
+        """The indices of a list, or None for `all`: of heads or positions."""
+        count = {"head": self.model.config.n_head, "position": self.model.config.n_positions}[what]
+        return None if given == "all" else parse_indices(given, count, what)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was tried before the numbers are believed."""
+
+    certificate: parity.Certificate | None = None
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    """Claims about any weights, each with `passed` and `figure`."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the experiment's verdicts and summary need of them."""
+
+
+@dataclass(frozen=True)
+class Study(Generic[Raw]):
+    """A finished run, and all that its files are made of."""
+
+    settings: Settings
+    model: dict[str, Any]
+    tokens: list[str]
+    """Of the prompt; empty over a corpus."""
+    counts: dict[str, int]
+    """Texts, windows, tokens and pieces skipped; empty for a prompt."""
+    checked: Checked
+    measured: Estimates
+    raw: Raw
+    """Of the prompt; over a corpus, of the windows that were checked."""
+    tokenizer: Tokenizer
+
+    @property
+    def windows(self) -> int | None:
+        """How many windows the numbers are means of; None for a prompt."""
+        return self.counts["windows"] if self.counts else None
+
+    @property
+    def n_layer(self) -> int:
+        """How many blocks the model has."""
+        return int(self.model["config"]["n_layer"])
+
+    @property
+    def basis(self) -> str:
+        """What the numbers rest on, in words."""
+        if self.counts:
+            return f"mean over {self.counts['windows']} windows, with its 95 % interval"
+        return f"one prompt of {len(self.tokens)} tokens"
+
+
+class Experiment(ABC, Generic[Raw]):
+    """One question about a model. Subclasses say what to run, what to keep of every text, and what follows."""
+
+    name: ClassVar[str]
+    """Of the table (name.csv), of the figures (name_*.png), and of the folder in results/."""
+    question: ClassVar[str]
+    """In one sentence: the report's title."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.progress = False
+        """Whether a bar is shown while it runs."""
+        self.command = f"{self.name}, called from Python"
+        """How the run was started, as one would type it again."""
+
+    @classmethod
+    def from_options(cls, begin: "Start") -> "Experiment[Raw]":
+        """Run the experiment with the options that all experiments share."""
+        return cls(Settings(**begin.settings()))
+
+    def encode(self, tokenizer: Tokenizer, n_positions: int) -> list[int]:
+        """The prompt's token ids. Raises ValueError for one that leaves nothing to measure, or is too long."""
+        return encode_prompt(tokenizer, self.settings.prompt or "", n_positions)
+
+    @abstractmethod
+    def run(self, model: GPT2, ids: Ids, alone: bool) -> Raw:
+        """Run some texts; `alone` says that they are the one prompt, of which a report can show more."""
+
+    @abstractmethod
+    def measure(self, model: GPT2, raw: Raw) -> dict[str, Tensor]:
+        """The numbers to keep of every text: tensors whose first axis is the text."""
+
+    def check(self, model: GPT2, raw: Raw) -> Checked:  # noqa: ARG002  for those who override it
+        """Try a run against what must be true of any weights. Raises CheckError when it is not."""
+        return Checked()
+
+    @abstractmethod
+    def rows(self, study: Study[Raw]) -> Iterator[Row]:
+        """The table's rows, one number each."""
+
+    def verdicts(self, study: Study[Raw]) -> list[Verdict]:  # noqa: ARG002
+        """What became of each claim."""
+        return []
+
+    def lines(self, study: Study[Raw], columns: int) -> Iterator[str]:  # noqa: ARG002
+        """What the terminal shows above the verdicts, at most so many characters wide; here the first rows."""
+        for row in itertools.islice(self.rows(study), FEW_ROWS):
+            yield "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            )
+
+    def figures(self, study: Study[Raw]) -> Figures:  # noqa: ARG002
+        """The charts of the report, which are also saved as PNG and SVG."""
+        return Figures()
+
+    def summary(self, study: Study[Raw]) -> dict[str, Any]:  # noqa: ARG002
+        """What summary.json says beyond what all experiments say."""
+        return {}
+
+    def save(self, study: Study[Raw], folder: Path) -> None:
+        """Write further files into a folder."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Patterns of all that a run writes besides its summary."""
+        return (f"{self.name}*", "sweep.safetensors", REPORT, WINDOWS)
+
+
+def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -> Study[Raw]:
+    """Certify, run one prompt, check, measure.
+
+    Raises ValueError for a prompt or a grid out of range, CheckError when parity or a self-check fails.
+    """
+    settings = experiment.settings
+    ids = experiment.encode(tokenizer, model.config.n_positions)
+    certificate = certify(settings, model)
+    raw = experiment.run(model, [ids], alone=True)
+    checked = _checked(experiment, model, raw, certificate)
+    measured = of_text(experiment.measure(model, raw))
+    return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, measured, raw, tokenizer)
+
+
+def run_over_corpus(
+    experiment: Experiment[Raw],
+    model: GPT2,
+    tokenizer: Tokenizer,
+    output: Path,
+    ranks: Ranks,
+    overwrite: bool = False,
+) -> Study[Raw] | None:
+    """Certify, check on the first windows, measure every window, combine; None on all ranks but the first.
+
+    Raises as `run_prompt` does, and ValueError for texts that cannot be read and for windows of other settings.
+    """
+    settings, texts, tried = experiment.settings, experiment.settings.texts, list[tuple[Raw, Checked]]()
+    if texts is None or texts.window > model.config.n_positions:
+        most = model.config.n_positions
+        raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
+
+    def prepare() -> None:
+        check_output(output, settings.to_json(), overwrite, experiment.files)
+        certificate = certify(settings, model)
+        raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
+        tried.append((raw, _checked(experiment, model, raw, certificate)))
+
+    shards = Shards(output / WINDOWS, _identity(experiment, model))
+    counts = measure_corpus(
+        texts,
+        tokenizer,
+        shards,
+        ranks,
+        prepare,
+        lambda windows: experiment.measure(model, experiment.run(model, windows, alone=False)),
+        overwrite=overwrite,
+        quiet=not experiment.progress,
+    )
+    if not tried:
+        return None
+    measured = of_windows(shards.combine(counts["windows"]))
+    if measured.keys() != experiment.measure(model, tried[0][0]).keys():
+        raise ValueError(f"{output / WINDOWS} holds windows that another version measured; remove it and run again.")
+    return Study(settings, describe(model), [], counts, tried[0][1], measured, tried[0][0], tokenizer)
+
+
+def _identity(experiment: Experiment[Any], model: GPT2) -> dict[str, Any]:
+    """All that decides the numbers of a window: what it takes to go on with another run's."""
+    asked = experiment.settings.to_json()
+    asked = {name: value for name, value in asked.items() if name not in ("model", "parity", "revision")}
+    asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
+    cuda = experiment.settings.device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+    origin = {"sha256": describe(model).get("sha256"), "versions": versions(), "processor": where}
+    return {"experiment": experiment.name, **asked, **origin}
+
+
+def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
+    """The parity certificate, where one is asked for; CheckError when the model fails."""
+    certificate = parity.certify(model) if settings.parity else None
+    if certificate and not certificate.passed:
+        raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
+    return certificate
+
+
+def _checked(experiment: Experiment[Raw], model: GPT2, raw: Raw, certificate: parity.Certificate | None) -> Checked:
+    found = experiment.check(model, raw)
+    return Checked(certificate, found.checks, found.details)
+
+
+def self_checked(model: GPT2, result: Sweep) -> Checked:
+    """Try a sweep against what must be true of any weights. Raises CheckError when it is not."""
+    tried = self_check(model, result)
+    if tried.broken:
+        found = "; ".join(f"{check.claim}: {check.figure}" for check in tried.broken)
+        raise parity.CheckError(f"the sweep contradicts what must be true of any weights: {found}.")
+    return Checked(None, [asdict(check) for check in tried.checks], {"upstream": tried.upstream})
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    packages = ("minigpt", "torch", "numpy", "safetensors", "tokenizers", "transformers")
+    return {"python": platform.python_version(), **parity.installed(*packages)}
+
+
+def describe(model: GPT2) -> dict[str, Any]:
+    """What ran: the checkpoint's origin and hashes, and the model's shape."""
+    origin: dict[str, Any] = {}
+    if source := model.source:
+        origin = {"name": source.name, "repository": source.repository, "commit": source.commit}
+        origin["sha256"] = source.sha256
+    return {**origin, "config": model.config.to_dict()}
+
+
+def summary(experiment: Experiment[Raw], study: Study[Raw]) -> dict[str, Any]:
+    """All but the numbers themselves, for summary.json."""
+    certificate = study.checked.certificate
+    return {
+        "experiment": experiment.name,
+        "settings": study.settings.to_json(),
+        "model": study.model,
+        **({"tokens": study.tokens} if study.tokens else {"corpus": study.counts, "interval": BOOTSTRAP}),
+        "parity": certificate.to_dict() if certificate else "not checked (--no-parity)",
+        "checks": study.checked.checks,
+        **experiment.summary(study),
+        "verdicts": [verdict.to_json() for verdict in verdicts(experiment, study)],
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "command": experiment.command,
+    }
+
+
+def verdicts(experiment: Experiment[Raw], study: Study[Raw]) -> list[Verdict]:
+    """What became of each claim; over too few windows for an interval, undecided."""
+    return [verdict.over(study.windows) for verdict in experiment.verdicts(study)]
+
+
+def write(experiment: Experiment[Raw], study: Study[Raw], folder: Path) -> list[str]:
+    """Write every result into a folder, all or nothing; returns the files' names."""
+    rows = list(experiment.rows(study))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    said = summary(experiment, study)
+    patterns = [name for name in experiment.files if name != WINDOWS or not study.counts] + _of_former_run(folder)
+    with results_in(folder, patterns) as scratch:
+        with (scratch / f"{experiment.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        experiment.save(study, scratch)
+        _draw(experiment, study, said, scratch)
+        (scratch / SUMMARY).write_text(json.dumps(said, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return sorted(path.name for path in scratch.iterdir())
+
+
+def _of_former_run(folder: Path) -> list[str]:
+    """The pattern of what another experiment left in a folder, by its summary: old figures go with it."""
+    try:
+        name = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [f"{name}*"] if isinstance(name, str) and name.isidentifier() else []
+
+
+def can_draw() -> bool:
+    """Whether the libraries that draw the figures and the report are installed."""
+    return all(importlib.util.find_spec(package) for package in ("altair", "vl_convert"))
+
+
+def _draw(experiment: Experiment[Raw], study: Study[Raw], said: dict[str, Any], folder: Path) -> None:
+    """The figures and the report, where the libraries that draw them are installed."""
+    if not can_draw():
+        typer.echo("No figures and no report: install Altair with pip install -e '.[report]'.", err=True)
+        return
+    from experiments import report  # noqa: PLC0415  an extra
+
+    figures = experiment.figures(study)
+    save_figures(figures, experiment.name, folder)
+    rows = list(itertools.islice(experiment.rows(study), FEW_ROWS)) if not figures.figures else []
+    page = report.page(experiment.question, said, figures, study.basis, rows)
+    (folder / REPORT).write_text(page, encoding="utf-8")
+
+
+def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterator[str]:
+    """What the terminal shows of a finished run, line by line."""
+    settings, checked = study.settings, study.checked
+    shape = f"{study.n_layer} blocks, {study.model['config']['n_embd']} wide"
+    counts = study.counts
+    ran = (
+        f"{counts['windows']} windows of up to {settings.texts.window} tokens ({counts['tokens']} tokens of "
+        f"{counts['texts']} texts; {counts['skipped']} pieces of less than {settings.texts.shortest} skipped)"
+        if settings.texts
+        else f"prompt of {len(study.tokens)} tokens:"
+    )
+    yield f"{settings.model} ({shape}, {settings.dtype}, {settings.device}), {ran}"
+    if study.tokens:
+        yield f"  {' | '.join(study.tokens)}"
+    yield f"parity: {checked.certificate.sentence() if checked.certificate else 'not checked (--no-parity)'}"
+    if checked.checks:
+        yield "checks, all hold:"
+        yield from (f"  - {check['claim']}" for check in checked.checks)
+    yield from experiment.lines(study, columns)
+    yield from lines_of(verdicts(experiment, study), columns)

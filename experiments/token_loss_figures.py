@@ -1,0 +1,86 @@
+"""The charts of the token-loss experiment and the data behind them."""
+
+from typing import TYPE_CHECKING, Any
+
+from experiments import charts
+from experiments.figures import Control, Figure, Figures, likeliest_cells, rounded, token_labels
+from experiments.runner import Study
+
+if TYPE_CHECKING:
+    from experiments.token_loss import TokenLoss
+
+NATS = "change of the loss, nats"
+LOSSES = {"loss_change": "the whole text", "target_loss_change": "the target"}
+CORRELATIONS = {"correlation": "mean over the text", "target_correlation": "where the target is predicted"}
+KL = {"kl_from_clean": "kl(scaled, clean)", "kl_after_temperature": "left after the best temperature"}
+
+
+def figures(experiment: "TokenLoss", study: Study[Any]) -> Figures:
+    """Loss, correlation and temperature by layer; of a prompt also the tokens that suffer, and what could come."""
+    names = [f"block {layer}" for layer in experiment.settings.layers]
+    factors = experiment.settings.factors
+    shown = _bars(names, factors[0], study.windows is not None)
+    data: dict[str, Any] = {"layers": _layers(experiment, study, names)}
+    factor = Control("factor", "factor", [(of, f"{of:g}") for of in factors], factors[0])
+    if study.counts:
+        return Figures(shown, data, {}, [factor])
+    layer = Control("layer", "scaled (in the table below)", [(name, name) for name in names], names[0])
+    data["tokens"] = _tokens(experiment, study)
+    cells = likeliest_cells(study.raw.before, study.tokenizer)
+    table = [{**cell, "layer": names[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells]
+    title = "The ten most likely tokens where the target should come"
+    reach = float(experiment.token_changes(study).abs().max())
+    shown.append(_token_map(names, factors[0], token_labels(study.tokens)[1:], reach))
+    return Figures(shown, data, {"tokens": names}, [layer, factor], {}, table, title)
+
+
+def _bars(names: list[str], factor: float, intervals: bool) -> list[Figure]:
+    """A chart for each kind of bar."""
+    kinds = {
+        "loss": (LOSSES, NATS, "Which layers matter for the loss",
+                 "Below 0, scaling the layer makes the tokens that come likelier; above 0, less likely."),
+        "correlation": (CORRELATIONS, "correlation", "How much the logits keep their pattern",
+                        "1 is the same pattern, up to a factor and a shift of all logits."),
+        "temperature": (KL, "kl, nats per token", "Is it just a temperature?",
+                        "Were scaling the same as a temperature, the second bar would be 0."),
+    }  # fmt: skip
+    shown = []
+    for kind, (parts, title, heading, note) in kinds.items():
+        filters = ["datum.factor == factor", f"datum.kind == '{kind}'"]
+        spec = charts.bars_by_layer(
+            "layers", filters, names, "scaled", title, {"factor": factor}, intervals, list(parts.values())
+        )
+        alt = f"Bars for every scaled layer: {title}, of {' and of '.join(parts.values())}."
+        shown.append(Figure(kind, heading, alt, note, spec))
+    return shown
+
+
+def _token_map(names: list[str], factor: float, tokens: list[str], reach: float) -> Figure:
+    row = charts.rows_axis("token", "position and token", tokens)
+    chosen, filters = {"factor": factor}, ["datum.factor == factor"]
+    spec = charts.heat_map("tokens", filters, names, row, NATS, chosen, len(tokens), reach=reach, x_title="scaled")
+    alt = "A heat map of the change of every token's loss: a row for each token, a column for each scaled layer."
+    return Figure("tokens", "Which tokens suffer", alt, "Orange: the token became less likely.", spec)
+
+
+def _layers(experiment: "TokenLoss", study: Study[Any], names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for kind, parts in (("loss", LOSSES), ("correlation", CORRELATIONS), ("temperature", KL)):
+        for name, part in parts.items():
+            estimate = experiment.of(study, name)
+            for entry, place in enumerate(names):
+                for index, factor in enumerate(experiment.settings.factors):
+                    at = estimate.at(entry, index)
+                    value, low, high = rounded([float(at.value), float(at.low), float(at.high)])
+                    rows.append({"kind": kind, "part": part, "place": place, "factor": factor,
+                                 "value": value, "low": low, "high": high})  # fmt: skip
+    return rows
+
+
+def _tokens(experiment: "TokenLoss", study: Study[Any]) -> list[dict[str, Any]]:
+    changes = experiment.token_changes(study)
+    return [
+        {"factor": factor, "token": label, "value": rounded(changes[:, index, position].tolist())}
+        for index, factor in enumerate(experiment.settings.factors)
+        for position, label in enumerate(token_labels(study.tokens)[1:])
+    ]

@@ -1,0 +1,367 @@
+"""Token loss, skip a layer and sensitivity, as a person runs them: numbers beside runs of their own."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments import commandline, runner, sensitivity, skip_layer, token_loss
+from experiments.estimates import Estimate, axis
+from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
+from tests.conftest import TINY
+from tests.test_study import run_main
+
+Run = Callable[..., tuple[int, str, str]]
+MODULES = {"token_loss": token_loss, "skip_layer": skip_layer, "sensitivity": sensitivity}
+PROMPT, TARGET = "The old man opened the door and looked out at the", " sea"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run an experiment by name on weights/tiny, without figures and report."""
+    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    return lambda name, *arguments: run_main(MODULES[name].main, monkeypatch, capfd, "--model", TINY, *arguments)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty short lines: more than one shard."""
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    sentence = "The old man opened the door and looked out at the sea, and he was not afraid of it."
+    words = sentence.split(" ")
+    path.write_text("\n".join(" ".join(words[number % 9 : number % 9 + 8]) for number in range(30)))
+    return path
+
+
+def rows_of(folder: Path, name: str, **wanted: object) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def value_of(folder: Path, name: str, **wanted: object) -> float:
+    (row,) = rows_of(folder, name, **wanted)
+    return float(row["value"])
+
+
+@pytest.fixture(scope="module")
+def encoded() -> torch.Tensor:
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    return torch.tensor([tokenizer.encode(PROMPT) + tokenizer.encode(TARGET)])
+
+
+# Token loss.
+
+
+def test_losses_of_text_and_target_are_those_of_a_run_of_its_own(
+    run: Run, tiny: GPT2, encoded: torch.Tensor, tmp_path: Path
+) -> None:
+    arguments = ("--prompt", PROMPT, "--target", TARGET, "--layers", "1,9", "--factors", "0.6,2", "--site", "mlp")
+    code, out, err = run("token_loss", *arguments, "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "tokens that suffer most" in out
+    logits = {}
+    with torch.no_grad():
+        logits["clean"] = tiny(encoded)[0].double()
+        with scaled(tiny, {"blocks.9.mlp_scale": 2.0}):
+            logits["scaled"] = tiny(encoded)[0].double()
+    losses = {name: F.cross_entropy(of[:-1], encoded[0, 1:], reduction="none") for name, of in logits.items()}
+    last = {name: of[-2].log_softmax(-1) for name, of in logits.items()}
+    expected = {
+        "loss_clean": losses["clean"].mean(),
+        "loss": losses["scaled"].mean(),
+        "loss_change": losses["scaled"].mean() - losses["clean"].mean(),
+        "target_loss": losses["scaled"][-1],
+        "target_probability_clean": last["clean"].exp()[encoded[0, -1]],
+        "target_rank": 1.0 + (last["scaled"] > last["scaled"][encoded[0, -1]]).sum(),
+        "target_correlation": torch.stack([logits["clean"][-2], logits["scaled"][-2]]).corrcoef()[0, 1],
+        "kl": F.kl_div(
+            logits["scaled"].log_softmax(-1), logits["clean"].log_softmax(-1), reduction="none", log_target=True
+        )
+        .sum(-1)
+        .mean(),
+    }
+    for name, number in expected.items():
+        found = value_of(tmp_path / "out", "token_loss", metric=name, layer=9, factor=2.0)
+        assert found == pytest.approx(float(number), rel=1e-4, abs=1e-6), name
+
+
+def test_without_a_target_the_prompts_last_token_is_it(run: Run, tmp_path: Path) -> None:
+    for name, arguments in (
+        ("given", ["--prompt", PROMPT, "--target", TARGET]),
+        ("last", ["--prompt", PROMPT + TARGET]),
+    ):
+        assert run("token_loss", *arguments, "--layers", "2", "--output", tmp_path / name)[0] == 0
+    given, last = ((tmp_path / name / "token_loss.csv").read_text() for name in ("given", "last"))
+    assert given == last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", " unbelievableness"], "tokens ("),
+        (["--target", ""], "is 0 tokens"),
+        (["--target", "eyes"], "give one token: ' eyes' is one"),
+        (["--site", "head"], "scales whole layers"),
+        (["--prompt", ""], "empty"),
+        (["--factors", "nan"], "finite"),
+        (["--layers", "12"], "layers 0 to 11"),
+        (["--prompt", "word " * 256, "--target", " sea"], "positions"),
+    ],
+)
+def test_token_loss_refuses_in_a_sentence(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, out, err = run("token_loss", "--output", tmp_path / "out", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def values_of(factors: int, **found: list[float]) -> torch.Tensor:
+    """`token_loss.MEASURES` of one text, a number for each layer, the same for every factor; 1 where none is given."""
+    layers = len(next(iter(found.values())))
+    rows = [torch.tensor(found.get(name, [1.0] * layers)) for name in token_loss.MEASURES]
+    return torch.stack(rows)[None, :, :, None].repeat(1, 1, 1, factors)
+
+
+def loss_verdicts(half: float = 0.0, factors: tuple[float, ...] = (0.6,), **found: list[float]) -> dict[int, str]:
+    """Verdicts on made-up numbers, with intervals of that half width around them."""
+    values = values_of(len(factors), **found)
+    layers = tuple(range(values.shape[2]))
+    experiment = token_loss.TokenLoss(token_loss.LossSettings(model="", prompt="", layers=layers, factors=factors))
+    measured = {
+        name: Estimate(of, {"low": of - half, "high": of + half} if half else {})
+        for name, of in (("values", values[0]), ("tests", token_loss._tests(values)[0]))
+    }
+    study = runner.Study(experiment.settings, {}, ["a", "b"], {}, runner.Checked(), measured, None, None)  # type: ignore[arg-type]
+    return {verdict.number: verdict.verdict for verdict in experiment.verdicts(study)}
+
+
+COOLER = {"temperature": [0.8] * 4, "kl_from_clean": [0.1] * 4, "kl_after_temperature": [0.01] * 4}
+
+
+@pytest.mark.parametrize(
+    ("number", "found", "verdict"),
+    [
+        (1, {"target_correlation": [0.996, 0.994, 0.999, 0.995]}, "holds"),
+        (1, {"target_correlation": [0.996, 0.98, 0.999, 0.995]}, "does not hold"),
+        (2, {"target_loss_change": [-0.1, -0.2, -0.1, 0.3], **COOLER}, "holds"),
+        (2, {"target_loss_change": [0.1, -0.2, 0.1, 0.3], **COOLER}, "does not hold"),
+        (2, {"target_loss_change": [-0.1] * 4, **COOLER, "temperature": [1.2] * 4}, "does not hold"),
+        (2, {"target_loss_change": [-0.1] * 4, **COOLER, "kl_after_temperature": [0.09] * 4}, "does not hold"),
+        (3, {"target_loss_change": [-0.1, -0.2, 0.1, 0.3]}, "holds"),
+        (3, {"target_loss_change": [0.3, 0.3, -0.3, -0.1]}, "does not hold"),
+    ],
+)
+def test_token_loss_verdicts_on_known_numbers(number: int, found: dict[str, list[float]], verdict: str) -> None:
+    assert loss_verdicts(**found)[number] == verdict
+    assert loss_verdicts(5.0, **found)[number] == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("factors", "decided"), [((1.0,), set()), ((1.5, 1.0), {1}), ((0.6, 1.0, 2.0), {1, 2, 3})], ids=str
+)
+def test_the_claims_are_about_factors_that_change_something(factors: tuple[float, ...], decided: set[int]) -> None:
+    """The last two are about scaling down, as the lecture did."""
+    found = loss_verdicts(factors=factors, target_loss_change=[-0.1, -0.2, -0.1, 0.3], **COOLER)
+    assert {number for number, verdict in found.items() if verdict != "undecided"} == decided
+
+
+def test_later_layers_are_later_whatever_the_order_of_the_option(run: Run, tmp_path: Path) -> None:
+    for name, layers in (("up", "1,9"), ("down", "9,1")):
+        assert run("token_loss", "--layers", layers, "--output", tmp_path / name)[0] == 0
+    up, down = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("up", "down"))
+    assert up["verdicts"] == down["verdicts"]
+    assert up["settings"]["layers"] == down["settings"]["layers"] == [1, 9]
+
+
+def test_the_summary_tells_what_else_could_have_come(
+    run: Run, tiny: GPT2, encoded: torch.Tensor, tmp_path: Path
+) -> None:
+    assert (
+        run("token_loss", "--prompt", PROMPT, "--target", TARGET, "--layers", "3", "--output", tmp_path / "out")[0] == 0
+    )
+    (cell,) = json.loads((tmp_path / "out" / "summary.json").read_text())["likeliest"]
+    with torch.no_grad():
+        best = int(tiny(encoded[:, :-1])[0, -1].argmax())
+    assert cell["clean"][0][0] == Tokenizer.from_pretrained(TINY).decode([best]).replace(" ", "\u00b7")
+    assert (tmp_path / "out" / "sweep.safetensors").is_file()
+
+
+# Skip a layer.
+
+
+def test_a_skipped_block_is_a_model_without_it(run: Run, tiny: GPT2, encoded: torch.Tensor, tmp_path: Path) -> None:
+    assert run("skip_layer", "--prompt", PROMPT + TARGET, "--output", tmp_path / "out")[0] == 0
+    with torch.no_grad():
+        clean, x = list(tiny.depths(encoded)), tiny.embed(encoded)
+        streams = [x]
+        for layer, block in enumerate(tiny.blocks):
+            x = x if layer in (4, 5) else block(x)
+            streams.append(x)
+        logits, before = (tiny.unembed(tiny.final_norm(of)) for of in (x, clean[-1]))
+    for depth in (5, 6, 12):
+        wanted = {"skipped": "blocks 4, 5", "depth": depth, "positions": "rest"}
+        found = value_of(tmp_path / "out", "skip_layer", metric="frobenius", **wanted)
+        assert found == pytest.approx(float((streams[depth] - clean[depth])[:, 1:].norm()), rel=1e-4)
+        step = float((streams[depth] - streams[depth - 1])[:, 1:].norm())
+        assert value_of(tmp_path / "out", "skip_layer", metric="step", **wanted) == pytest.approx(step, rel=1e-4)
+    changed = float((logits.argmax(-1) != before.argmax(-1))[:, 1:].double().mean())
+    found = value_of(
+        tmp_path / "out", "skip_layer", metric="changed", skipped="blocks 4, 5", depth="final", positions="rest"
+    )
+    assert found == pytest.approx(changed)
+
+
+def test_the_step_at_a_skipped_block_is_exactly_0_and_the_clean_profile_stands_beside(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("skip_layer", "--layers", "2,5,6", "--output", tmp_path / "out")
+    assert code == 0
+    assert "true by construction" in out
+    steps = rows_of(tmp_path / "out", "skip_layer", metric="step")
+    assert {row["skipped"] for row in steps} == {"clean", "block 2", "block 5", "block 6", "blocks 5, 6"}
+    zero = {(row["skipped"], row["depth"]) for row in steps if float(row["value"]) == 0}
+    assert zero == {("block 2", "3"), ("block 5", "6"), ("block 6", "7"), ("blocks 5, 6", "6"), ("blocks 5, 6", "7")}
+    assert run("skip_layer", "--layers", "5,6", "--no-pairs", "--output", tmp_path / "alone")[0] == 0
+    assert {row["skipped"] for row in rows_of(tmp_path / "alone", "skip_layer")} == {"clean", "block 5", "block 6"}
+
+
+def test_a_block_that_was_not_skipped_ends_the_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: GPT2, ids: torch.Tensor, edits: list[dict[str, float]], **named: bool) -> Comparison:
+        kept = [{name: value for name, value in edit.items() if not name.endswith("mlp_scale")} for edit in edits]
+        return compare(model, ids, kept, **named)
+
+    monkeypatch.setattr(skip_layer, "compare", forgetful)
+    code, _, err = run("skip_layer", "--output", tmp_path / "out")
+    assert (code, "expected exactly 0" in err, (tmp_path / "out").exists()) == (1, True, False)
+
+
+# Sensitivity.
+
+
+def test_the_table_is_layer_by_site_and_prints_what_it_saves(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("sensitivity", "--measure", "frobenius", "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    table = [line.split() for line in out.splitlines()]
+    (header,) = (index for index, words in enumerate(table) if words[:1] == ["layer"])
+    assert table[header][1:] == ["output", "attention", "mlp"]
+    for layer in range(12):
+        for column, site in enumerate(("output", "attention", "mlp"), start=1):
+            wanted = {"metric": "frobenius", "layer": layer, "site": site, "depth": 12, "positions": "rest"}
+            assert table[header + 1 + layer][column] == f"{value_of(tmp_path / 'out', 'sensitivity', **wanted):.4g}"
+
+
+def test_sensitivity_is_the_slope_of_the_study(run: Run, tmp_path: Path) -> None:
+    assert run("sensitivity", "--prompt", PROMPT, "--sites", "mlp", "--output", tmp_path / "out")[0] == 0
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
+    wide = GPT2.from_pretrained(TINY, dtype=torch.float64)
+    step = 1e-4
+    with torch.no_grad():
+        with scaled(wide, {"blocks.7.mlp_scale": 1 + step}):
+            up = wide.residuals(ids)
+        with scaled(wide, {"blocks.7.mlp_scale": 1 - step}):
+            down = wide.residuals(ids)
+    slope = ((up - down) / (2 * step))[-1, 0, 1:].norm()
+    wanted = {"metric": "frobenius", "layer": 7, "site": "mlp", "depth": 12, "positions": "rest"}
+    assert value_of(tmp_path / "out", "sensitivity", **wanted) == pytest.approx(float(slope), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--measure", "changed"], "expected one of frobenius"), (["--sites", "neuron"], "expected one of")],
+)
+def test_sensitivity_refuses_in_a_sentence(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, out, err = run("sensitivity", "--output", tmp_path / "out", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+# What all of them share.
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_over_a_corpus_numbers_are_means_with_intervals(run: Run, texts: Path, tmp_path: Path, name: str) -> None:
+    more = [] if name == "sensitivity" else ["--layers", "2,3"]
+    arguments = ["--texts", texts, "--window", "16", *more, "--output", tmp_path / "out"]
+    code, out, err = run(name, *arguments)
+    assert (code, err) == (0, "")
+    assert "30 windows" in out
+    rows = rows_of(tmp_path / "out", name)
+    assert {row["windows"] for row in rows} == {"30"}
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+    before = (tmp_path / "out" / f"{name}.csv").read_bytes()
+    (tmp_path / "out" / "windows" / "0000001.safetensors").unlink()
+    assert run(name, *arguments)[0] == 0, "what is missing is measured again"
+    assert (tmp_path / "out" / f"{name}.csv").read_bytes() == before
+    for verdict in json.loads((tmp_path / "out" / "summary.json").read_text())["verdicts"]:
+        assert "30 windows" in verdict["basis"]
+
+
+def test_windows_of_another_experiment_are_refused(run: Run, texts: Path, tmp_path: Path) -> None:
+    arguments = ("--texts", texts, "--window", "16", "--layers", "2", "--limit", "4", "--output", tmp_path / "out")
+    assert run("skip_layer", *arguments)[0] == 0
+    (tmp_path / "out" / "summary.json").unlink()
+    for file in (tmp_path / "out").glob("skip_layer*"):
+        file.unlink()
+    code, _, err = run("token_loss", *arguments)
+    assert (code, "other settings" in err, err.count("\n")) == (2, True, 1)
+
+
+class Least(runner.Experiment[Comparison]):
+    """As little as an experiment can be."""
+
+    name, question = "least", "Block 5 is halved: does it matter?"
+
+    def run(self, model: GPT2, ids: runner.Ids, alone: bool) -> Comparison:
+        return compare(model, ids, [{"blocks.5.output_scale": 0.5}], predictions=True)
+
+    def measure(self, model: GPT2, raw: Comparison) -> dict[str, torch.Tensor]:
+        return {"kl": raw.statistics.measure("kl", "rest")[:, 0, -1].T}
+
+    def rows(self, study: runner.Study[Comparison]) -> Iterator[dict[str, object]]:
+        return study.measured["kl"].rows([axis("metric", ["kl"])], study.windows)
+
+
+def test_an_experiment_of_a_few_lines_has_a_command_line_files_and_a_corpus(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main = commandline.command(Least.from_options)
+    code, out, err = run_main(main, monkeypatch, capfd, "--model", TINY, "--output", tmp_path / "prompt")
+    assert (code, err) == (0, "")
+    assert "metric kl  value 0." in out
+    assert "<td>kl</td>" in (tmp_path / "prompt" / "report.html").read_text()
+    assert {path.name for path in (tmp_path / "prompt").iterdir()} == {"least.csv", "summary.json", "report.html"}
+    code, _, err = run_main(
+        main, monkeypatch, capfd, "--model", TINY, "--texts", texts, "--output", tmp_path / "corpus"
+    )
+    assert (code, err) == (0, "")
+    (row,) = rows_of(tmp_path / "corpus", "least")
+    assert float(row["low"]) < float(row["value"]) < float(row["high"])
+
+
+def test_windows_that_another_version_measured_are_a_sentence(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ("--texts", texts, "--window", "16", "--layers", "2", "--limit", "4", "--output", tmp_path / "out")
+    assert run("skip_layer", *arguments)[0] == 0
+    measure = skip_layer.SkipLayer.measure
+
+    def other(self: skip_layer.SkipLayer, model: GPT2, raw: Comparison) -> dict[str, torch.Tensor]:
+        return {**measure(self, model, raw), "more": raw.clean_steps}
+
+    monkeypatch.setattr(skip_layer.SkipLayer, "measure", other)
+    code, _, err = run("skip_layer", *arguments)
+    assert (code, "another version measured" in err, err.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_memory_that_is_too_little_is_a_sentence(run: Run, tmp_path: Path, name: str) -> None:
+    code, out, err = run(name, "--max-bytes", "1000", "--output", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "max_bytes is 1000" in err
+
+
+def test_a_target_over_a_corpus_is_refused(run: Run, texts: Path, tmp_path: Path) -> None:
+    code, _, err = run("token_loss", "--texts", texts, "--target", " sea", "--output", tmp_path / "out")
+    assert (code, "each window's last token" in err) == (2, True)

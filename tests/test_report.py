@@ -1,0 +1,347 @@
+"""The report: data and words without a browser, then in a real Chromium, offline, from file://."""
+
+import csv
+import html
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import divergence, runner, sensitivity, skip_layer, token_loss
+from experiments.common import parse_numbers
+from experiments.figures import Control, Figure, Figures, standing_alone, token_labels
+from minigpt import GPT2, Tokenizer
+from tests.conftest import CHROMIUM, TINY
+from tests.test_study import run_main
+
+pytest.importorskip("altair")
+
+HOSTILE = "</script><img src=x onerror=alert(1)> {{ 7 * 7 }} ${x} <!-- \u2028 'quoted' \"double\" & done"
+BY_CELL = {"lines", "grid", "alignment", "written", "tokens"}
+"""The charts that show the chosen factor."""
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="needs Chromium (Debian's package chromium) and playwright",
+)
+
+
+def study_in(folder: Path, prompt: str = runner.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
+    """The study of a prompt, written to a folder; returns its page."""
+    numbers = parse_numbers(factors, "--factors")
+    settings = divergence.GridSettings(model=str(TINY), prompt=prompt, layers=(2,), factors=numbers)
+    experiment = divergence.Divergence(settings)
+    study = runner.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    runner.write(experiment, study, folder)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the default study."""
+    return study_in(tmp_path_factory.mktemp("default"))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a prompt that tries to be markup."""
+    return study_in(tmp_path_factory.mktemp("hostile"), HOSTILE, "0.5,1.5")
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_page_is_one_small_file_that_fetches_nothing(default: Path) -> None:
+    text = default.read_text(encoding="utf-8")
+    assert default.stat().st_size < 5_000_000
+    assert not re.findall(
+        r"<(?:link|iframe|img|object|embed|base)\b", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    )
+    assert not re.findall(r"<script[^>]*\ssrc=", text)
+    assert "default-src 'none'" in text
+    assert text.count("<script") == text.count("</script>") == 3
+
+
+def test_the_page_says_what_ran_and_every_verdict_with_its_evidence(default: Path) -> None:
+    text = default.read_text(encoding="utf-8")
+    summary = json.loads((default.parent / "summary.json").read_text())
+    assert summary["model"]["sha256"]["model.safetensors"] in text
+    assert "certified against" in text
+    assert summary["versions"]["torch"] in text
+    for verdict in summary["verdicts"]:
+        for words in (verdict["claim"], verdict["verdict"], verdict["sentence"], verdict["evidence"], verdict["basis"]):
+            assert html.escape(words).replace("&#x27;", "&#39;") in text
+    assert summary["command"] == "divergence, called from Python"
+    assert summary["command"] in text
+
+
+def test_the_charts_show_the_numbers_of_the_table(default: Path) -> None:
+    wanted = {"factor": "0.5", "positions": "rest", "metric": "frobenius"}
+    with (default.parent / "divergence.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    shown = [
+        row
+        for row in data_of(default)["data"]["curves"]
+        if (row["entry"], row["factor"], row["positions"], row["metric"])
+        == ("output of block 2", 0.5, "rest", "frobenius")
+    ]
+    assert len(shown) == 1
+    assert shown[0]["value"] == pytest.approx([float(row["value"]) for row in rows], rel=1e-4)
+
+
+def test_places_go_by_name_and_axes_have_units(default: Path) -> None:
+    found = data_of(default)
+    assert found["places"]["curves"] == ["embeddings", *(f"block {layer}" for layer in range(12)), "final norm"]
+    assert "units of the stream" in found["titles"]["frobenius"]
+    for figure in found["figures"]:
+        assert len(figure["alt"]) > 40
+        assert '"title":' in json.dumps(figure["spec"])
+
+
+def test_a_png_and_the_page_are_one_chart() -> None:
+    spec = {"data": {"name": "rows"}, "params": [{"name": "factor", "value": 1}], "mark": "bar", "title": "{measure}"}
+    figure = Figure("a", "A chart", "alt", "note", spec)
+    control = Control("factor", "factor", [(0.5, "half"), (1, "one")], 0.5)
+    measure = Control("measure", "measure", [("kl", "kl")], "kl")
+    figures = Figures([figure], {"rows": [{"value": [1, 2]}]}, {"rows": ["a", "b"]}, [control, measure], {"kl": "nats"})
+    found = standing_alone(figures, figure)
+    assert found["params"] == [{"name": "factor", "value": 0.5}]
+    assert found["datasets"] == {"rows": [{"value": [1, 2], "place": ["a", "b"]}]}
+    assert found["title"]["subtitle"] == ["factor: half"]
+
+
+def test_a_hostile_prompt_stays_data(hostile: Path) -> None:
+    text = hostile.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 3
+    assert "<img" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert "\u2028" not in re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0]
+    labels = {row["token"] for row in data_of(hostile)["data"]["tokens"]}
+    tokens = json.loads((hostile.parent / "summary.json").read_text())["tokens"]
+    assert labels == set(token_labels(tokens)), "shown as they are"
+
+
+def test_white_space_and_control_characters_can_be_seen() -> None:
+    assert token_labels(["a b", "\n", "\t", "\x00"]) == ["0 a\u00b7b", "1 \u23ce", "2 \u2409", "3 \u2400"]
+
+
+def test_a_prompt_of_control_characters_still_draws(tmp_path: Path) -> None:
+    study_in(tmp_path, "a\x0cb \x1b[31m c\x00 d\x7f", "0.5")
+    svg = (tmp_path / "divergence_tokens.svg").read_text()
+    assert "\u240c" in svg
+    assert not set(svg) & {"\x0c", "\x1b", "\x00"}
+
+
+def test_large_grids_leave_factors_out_and_keep_the_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    divergence_figures = importlib.import_module("experiments.divergence_figures")
+    monkeypatch.setattr(divergence_figures, "MOST_NUMBERS", 12 * 14 * (3 * 12 + 20) * 5)
+    page = study_in(tmp_path)
+    factors = [value for value, _ in data_of(page)["controls"][1]["options"]]
+    assert len(factors) == 5
+    assert (factors[0], factors[-1]) == (0.5, 1.5)
+    with (tmp_path / "divergence.csv").open(newline="") as file:
+        assert len({row["factor"] for row in csv.DictReader(file)}) == 21, "the table keeps them all"
+
+
+# In Chromium.
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; the tests here hold its only window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield started
+        started.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Open a page offline; whatever it says on the console, any dialog and any request fail the test."""
+    complaints: list[str] = []
+    contexts: list[Any] = []
+
+    def opened(path: Path, width: int = 1280, scheme: str = "light") -> Any:
+        viewport = {"width": width, "height": 900}
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: request.url.startswith("file:") or complaints.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready=yes]")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def drawn(page: Any) -> dict[str, str]:
+    """Every chart's SVG, by name."""
+    return dict(
+        page.eval_on_selector_all(".chart", "all => all.map(c => [c.dataset.figure, c.querySelector('svg').outerHTML])")
+    )
+
+
+@needs_chromium
+def test_the_page_opens_offline_without_a_word_on_the_console_and_draws_every_chart(
+    default: Path, open_page: Open
+) -> None:
+    charts = drawn(open_page(default))
+    assert set(charts) == {*BY_CELL, "image", "kl", "loss_change", "changed"}
+    for name, svg in charts.items():
+        assert svg.count("<path") > 5, name
+    assert "final norm" in charts["lines"]
+    assert "19 ." in charts["tokens"]
+    assert "0 The" not in charts["tokens"]
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("control", "label", "changes"),
+    [
+        ("layer", "output of block 7", {*BY_CELL, "image"} - {"grid"}),
+        ("measure", "change beside the stream's norm (relative)", {"lines", "image", "grid"}),
+        ("positions", "all tokens", {*BY_CELL, "image", "kl", "loss_change", "changed"} - {"tokens"}),
+        ("first", "shown", {"tokens"}),
+        ("factor", None, BY_CELL),
+    ],
+)
+def test_every_control_changes_the_charts_that_it_is_about(
+    default: Path, open_page: Open, control: str, label: str | None, changes: set[str]
+) -> None:
+    page = open_page(default)
+    before, table = drawn(page), page.inner_text("#likeliest")
+    if label is None:
+        page.focus("input[name=factor]")
+        for _ in range(4):
+            page.keyboard.press("ArrowRight")
+        assert page.inner_text("output") == "0.7"
+    else:
+        page.select_option(f"select[name={control}]", label=label)
+    page.wait_for_timeout(700)
+    after = drawn(page)
+    assert {name for name in before if before[name] != after[name]} == changes
+    assert (page.inner_text("#likeliest") != table) == (control in ("layer", "factor"))
+
+
+@needs_chromium
+def test_the_table_of_predictions_is_that_of_the_chosen_cell(default: Path, open_page: Open) -> None:
+    page = open_page(default)
+    rows = page.eval_on_selector_all("#likeliest tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))")
+    assert len(rows) == 10
+    shown = data_of(default)["predictions"]
+    (cell,) = (row for row in shown if (row["layer"], row["factor"]) == ("output of block 2", 0.5))
+    assert [row[1] for row in rows] == [token for token, _ in cell["clean"]]
+    assert [row[3] for row in rows] == [token for token, _ in cell["scaled"]]
+    assert [float(row[4]) for row in rows] == pytest.approx([value for _, value in cell["scaled"]], rel=0.01)
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_is_legible_at_both_widths_and_in_both_themes(
+    default: Path, open_page: Open, width: int, scheme: str
+) -> None:
+    page = open_page(default, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = page.eval_on_selector_all(".chart svg", "all => all.map(s => s.getBoundingClientRect().right)")
+    assert max(wide) <= width
+    ink, paper = (
+        [int(part) for part in re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{of}"))[:3]]
+        for of in ("color", "backgroundColor")
+    )
+    assert contrast(ink, paper) > 7
+    label = page.evaluate("document.querySelector('.chart svg text').getAttribute('fill')")
+    assert contrast([int(label[index : index + 2], 16) for index in (1, 3, 5)], paper) > 7
+    sizes = page.eval_on_selector_all(
+        ".chart svg text", "all => all.map(t => parseFloat(getComputedStyle(t).fontSize))"
+    )
+    assert min(sizes) >= 11
+    page.click("#theme")
+    page.wait_for_timeout(700)
+    assert page.evaluate("document.documentElement.dataset.theme") != scheme
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != f"rgb({', '.join(map(str, paper))})"
+
+
+def contrast(one: list[int], other: list[int]) -> float:
+    """WCAG 2's contrast ratio of two sRGB colours."""
+
+    def luminance(colour: list[int]) -> float:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@needs_chromium
+def test_a_hostile_prompt_is_inert(hostile: Path, open_page: Open) -> None:
+    page = open_page(hostile)
+    assert page.locator("img").count() == 0
+    tokens = page.eval_on_selector_all(".tokens li", "all => all.map(of => of.lastChild.textContent).join('')")
+    bytes_of_one_character = HOSTILE.replace("\u2028", "\ufffd" * 3)
+    assert tokens == bytes_of_one_character.replace(" ", "\u00b7"), "letter for letter: no template, no entity, no tag"
+    page.select_option("select[name=first]", label="shown")
+    page.wait_for_timeout(500)
+    assert page.locator("img").count() == 0
+
+
+@needs_chromium
+def test_the_policy_stops_a_script_that_would_get_in_all_the_same(browser: Any, default: Path) -> None:
+    page = browser.new_page()
+    page.goto(default.as_uri())
+    page.wait_for_selector("html[data-ready=yes]")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = 1\">')")
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.hacked") is None
+    page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("module", [token_loss, skip_layer, sensitivity])
+def test_the_other_experiments_pages_open_too(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, open_page: Open
+) -> None:
+    code, _, err = run_main(module.main, monkeypatch, capfd, "--model", TINY, "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    page = open_page(tmp_path / "out" / "report.html", 390)
+    assert drawn(page)
+    for control in page.locator("select").all():
+        before = drawn(page), page.inner_text("main")
+        control.select_option(index=3)
+        page.wait_for_timeout(500)
+        assert (drawn(page), page.inner_text("main")) != before
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@needs_chromium
+def test_a_corpus_page_has_bands_and_no_tokens(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, open_page: Open
+) -> None:
+    (tmp_path / "texts.txt").write_text("The old man opened the door.\nThe sea was quiet.\nHe was not afraid of it.\n")
+    arguments = ("--model", TINY, "--texts", tmp_path / "texts.txt", "--factors", "0.5,1.5", "--layers", "2,3")
+    code, _, err = run_main(divergence.main, monkeypatch, capfd, *arguments, "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    page = open_page(tmp_path / "out" / "report.html")
+    charts = drawn(page)
+    assert "mark-area" in charts["lines"]
+    assert "tokens" not in charts
+    page.select_option("select[name=layer]", index=1)
+    page.wait_for_timeout(500)
+    assert drawn(page)["lines"] != charts["lines"]
+    assert "too few for an interval" in page.inner_text("#verdicts + ol, .verdicts")

@@ -1,0 +1,84 @@
+"""Derivatives through the scales, beside central differences of whole sweeps."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt import GPT2, scaled, sensitivity, sweep
+from minigpt.divergence import POSITION_SETS, Measure
+from minigpt.scales import SITES, Site
+from minigpt.sensitivity import SENSITIVITIES
+
+TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]]
+STEP = 1e-4
+TOLERANCE = 1e-4
+"""Relative; central differences are off by the square of the step, and by rounding over the step."""
+ROOT_OF_ROUNDING = 1e-8
+"""gauge_free at an output site, where it is 0: the root of 1e-16. The step divides it."""
+
+
+def central(name: Measure, up: Tensor, down: Tensor) -> Tensor:
+    """The difference quotient that belongs to a measure, of its values at log s = STEP and -STEP."""
+    if name == "kl":
+        return (up + down) / STEP**2
+    if name == "correlation":
+        return (up + down - 2) / STEP**2
+    if name == "loss_change":
+        return (up - down) / (2 * STEP)
+    return (up + down) / (2 if name.endswith("alignment") else 2 * STEP)
+
+
+@pytest.mark.parametrize("name", SENSITIVITIES)
+@pytest.mark.parametrize("site", SITES)
+def test_derivatives_agree_with_central_differences(model: GPT2, site: Site, name: Measure) -> None:
+    found = sensitivity(model, TEXTS, [site])
+    factors = (math.exp(STEP), math.exp(-STEP))
+    statistics = sweep(model, TEXTS, None, factors, site, predictions=True).statistics
+    # the last block's output scale moves predictions only by the norm's epsilon: too little to divide by STEP^2
+    kept = slice(0, -1 if site == "output" and name in ("kl", "correlation") else None)
+    for positions in POSITION_SETS:
+        up, down = statistics.measure(name, positions).unbind(1)
+        expected, derivative = central(name, up, down)[kept], found.measure(name, positions)[kept]
+        noise = ROOT_OF_ROUNDING / STEP if name == "gauge_free" else 1e-6
+        torch.testing.assert_close(derivative, expected, equal_nan=True, rtol=TOLERANCE, atol=noise)
+
+
+def test_a_derivative_of_another_layer_does_not_agree(model: GPT2) -> None:
+    found = sensitivity(model, TEXTS, ["mlp"]).measure("frobenius", "rest")
+    assert not torch.allclose(found[1], found[2], rtol=0.01)
+
+
+def test_every_layer_and_site_comes_at_once(model: GPT2) -> None:
+    found = sensitivity(model, TEXTS, SITES)
+    assert len(found.scales) == 4 * (3 + 3)  # output, attention, mlp and three heads
+    assert found.measure("frobenius", "rest").shape == (24, 6, 2)
+
+
+def test_an_attention_write_is_the_sum_of_its_heads_and_the_bias(model: GPT2) -> None:
+    for block in model.blocks:
+        block.attention.projection.bias.data.zero_()
+    heads = torch.ones(1, 1, 3, dtype=torch.float64)
+    ids = torch.tensor([TEXTS[0]])
+    with torch.no_grad(), scaled(model, {"blocks.1.attention.head_scale": 1.01 * heads}):
+        together = model.residuals(ids)
+    with torch.no_grad(), scaled(model, {"blocks.1.attention_scale": 1.01}):
+        torch.testing.assert_close(model.residuals(ids), together)
+
+
+@pytest.mark.parametrize("name", ["changed", "cosine", "nonsense"])
+def test_what_has_no_derivative_is_refused(model: GPT2, name: Measure) -> None:
+    with pytest.raises(ValueError, match="no sensitivity"):
+        sensitivity(model, TEXTS).measure(name, "rest")
+
+
+@pytest.mark.parametrize("sites", [[], ["mlp", "mlp"]])
+def test_sites_that_leave_nothing_to_do_are_refused(model: GPT2, sites: list[Site]) -> None:
+    with pytest.raises(ValueError, match="expected different ones"):
+        sensitivity(model, TEXTS, sites)
+
+
+def test_a_model_that_is_not_clean_is_refused(model: GPT2) -> None:
+    with scaled(model, {"blocks.0.mlp_scale": 0.5}), pytest.raises(ValueError, match="back to 1"):
+        sensitivity(model, TEXTS)
