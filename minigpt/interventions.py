@@ -81,6 +81,7 @@ class _Part:
     def run(
         cls, model: GPT2, ids: Tensor, lengths: Tensor, interventions: Sequence[Intervention], predictions: bool
     ) -> "_Part":
+        """One forward pass of the clean run and these interventions, reduced to numbers depth by depth."""
         shape = (1 + len(interventions), *ids.shape, model.config.n_embd)
         numbers, steps, before = list[Tensor](), list[Tensor](), torch.empty(0)
         with scaled(model, _by_row(interventions, ids)):

@@ -1,6 +1,7 @@
 """Derivatives through the scales, beside central differences of whole sweeps."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,15 +57,18 @@ def test_every_layer_and_site_comes_at_once(model: GPT2) -> None:
     assert found.measure("frobenius", "rest").shape == (24, 6, 2)
 
 
-def test_an_attention_write_is_the_sum_of_its_heads_and_the_bias(model: GPT2) -> None:
+def test_an_only_head_without_a_bias_moves_all_that_its_attention_moves(small: Callable[..., GPT2]) -> None:
+    model = small(n_head=1)
+    with_bias = sensitivity(model, TEXTS, ["attention", "head"])
     for block in model.blocks:
         block.attention.projection.bias.data.zero_()
-    heads = torch.ones(1, 1, 3, dtype=torch.float64)
-    ids = torch.tensor([TEXTS[0]])
-    with torch.no_grad(), scaled(model, {"blocks.1.attention.head_scale": 1.01 * heads}):
-        together = model.residuals(ids)
-    with torch.no_grad(), scaled(model, {"blocks.1.attention_scale": 1.01}):
-        torch.testing.assert_close(model.residuals(ids), together)
+    without = sensitivity(model, TEXTS, ["attention", "head"])
+    assert [scale.site for scale in without.scales] == ["attention", "head"] * 4
+    for name in SENSITIVITIES:
+        values = without.measure(name, "rest")
+        torch.testing.assert_close(values[::2], values[1::2], equal_nan=True, rtol=1e-9, atol=1e-9)
+    moved = with_bias.measure("frobenius", "rest")
+    assert not torch.allclose(moved[::2], moved[1::2], rtol=1e-3), "the bias is attention's, no head's"
 
 
 @pytest.mark.parametrize("name", ["changed", "cosine", "nonsense"])
