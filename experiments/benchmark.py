@@ -31,8 +31,8 @@ from torch import Tensor
 from experiments import peers
 from experiments.corpus import SHARD_WINDOWS
 from minigpt import GPT2, GPT2Config, cli, generate, sweep
-from minigpt.checkpoint import write_atomically
 from minigpt.config import OFFICIAL
+from minigpt.files import write_text
 from minigpt.linear import Linear
 from minigpt.parity import installed
 from minigpt.selfcheck import rounding_errors
@@ -560,11 +560,7 @@ def main(
                     for name in ["", *measures]
                     if name in report
                 ]
-                write_atomically(output, partial(_write, text="\n\n".join(text) + "\n"))
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
+                write_text(output, "\n\n".join(text) + "\n")
 
 
 def introduction(repetitions: int, absent: str) -> str:

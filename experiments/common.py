@@ -1,6 +1,5 @@
 """What every experiment's command line shares: lists and ranges, the text, the output folder."""
 
-import json
 import math
 import os
 import shutil
@@ -11,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import Tokenizer
+from minigpt.files import read_json, settle
 
 SUMMARY = "summary.json"
+MOST_SUMMARY = 64 * 2**20
+"""Bytes of a summary that is read."""
+LOCK = ".lock"
 SCRATCH = ".writing."
 MOST_NUMBERS = 10_000
 """Of a range: enough for any curve, few enough not to fill the memory by a slip of the finger."""
@@ -90,7 +93,7 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: S
     if not foreign:
         return
     try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["settings"]
+        found = read_json(folder / SUMMARY, MOST_SUMMARY)["settings"]
     except (OSError, ValueError, LookupError, TypeError):
         names = ", ".join(sorted(path.name for path in foreign)[:3])
         raise ValueError(
@@ -119,6 +122,8 @@ def results_in(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
             if old.is_dir():
                 shutil.rmtree(old)
             old.unlink(missing_ok=True)
+        for file in scratch.iterdir():
+            settle(file)
         for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
             file.replace(folder / file.name)
     finally:

@@ -11,6 +11,7 @@ matrix product depend on them).
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +25,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 from tqdm import tqdm
 
 from experiments.texts import COUNTS, Texts
 from minigpt import Tokenizer
-from minigpt.checkpoint import write_atomically
+from minigpt.files import open_tensors, read_json, write_tensors, write_text
 
 SHARD_WINDOWS = 16
 """Windows that are measured and written together."""
@@ -173,7 +172,7 @@ class Shards:
         for leftover in self.folder.glob(".*"):
             leftover.unlink()
         text = json.dumps(self.settings, indent=2) + "\n"
-        write_atomically(described, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(described, text)
         return self.finished()
 
     def _other_settings(self, described: Path) -> list[str]:
@@ -181,7 +180,7 @@ class Shards:
         if not self.folder.exists() or not any(path for path in self.folder.iterdir() if path.name[0] != "."):
             return []
         try:
-            found = json.loads(described.read_text(encoding="utf-8"))
+            found = read_json(described)
             return sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
         except (OSError, ValueError, AttributeError, TypeError):
             return ["they are not described"]
@@ -196,20 +195,22 @@ class Shards:
         flat = {name: values.flatten(1).contiguous() for name, values in measured.items()}
         # one key: safetensors writes several in no fixed order, and equal runs shall write equal files
         metadata = {"shard": json.dumps({"settings": self.fingerprint, "shapes": shapes})}
-        write_atomically(self.path(number), lambda file: save_file(flat, file, metadata))
+        write_tensors(self.path(number), flat, metadata)
 
     def finished(self) -> list[int]:
         """The numbers of the shards that are there, whichever rank wrote them."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]" * 7 + ".safetensors"))
 
     def combine(self, windows: int) -> dict[str, dict[str, Tensor]]:
         """Over so many windows: name -> statistic -> tensor, without the window axis. See `STATISTICS`."""
-        with safe_open(self.path(0), "pt") as file:
-            shapes = json.loads(file.metadata()["shard"])["shapes"]
+        with self._opened(0) as (file, shapes):
+            for name, shape in shapes.items():
+                if file.get_slice(name).get_shape()[1:] != [math.prod(shape)]:
+                    raise ValueError(f"{name} has another shape than the file says")
         return {name: self._combine(name, shape, shards_of(windows)) for name, shape in shapes.items()}
 
     def _combine(self, name: str, shape: list[int], count: int) -> dict[str, Tensor]:
-        columns = int(np.prod(shape))
+        columns = math.prod(shape)
         step = max(FEWEST_COLUMNS, MOST_NUMBERS // (count * SHARD_WINDOWS))
         groups = [
             summarise([self._columns(number, name, start, start + step) for number in range(count)])
@@ -223,13 +224,21 @@ class Shards:
 
     def _columns(self, number: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
         """Some columns of a shard: [window, column]. Raises ValueError for a file of another run."""
+        with self._opened(number) as (file, _):
+            return file.get_slice(name)[:, start:stop].double().numpy()
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[tuple[Any, dict[str, list[int]]]]:
+        """A shard, and the shapes of a window's numbers. Raises ValueError where it cannot be used."""
+        path = self.path(number)
         try:
-            with safe_open(self.path(number), "pt") as file:
-                if json.loads(file.metadata()["shard"])["settings"] == self.fingerprint:
-                    return file.get_slice(name)[:, start:stop].double().numpy()
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path(number)} cannot be read ({error}); remove it and run again.") from None
-        raise ValueError(f"{self.path(number)} belongs to a run with other settings; remove it and run again.")
+            with open_tensors(path) as file:
+                about = json.loads(file.metadata()["shard"])
+                if about["settings"] != self.fingerprint:
+                    raise ValueError("it belongs to a run with other settings")
+                yield file, about["shapes"]
+        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it and run again.") from None
 
 
 def summarise(shards: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

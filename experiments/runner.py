@@ -23,13 +23,14 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.common import SUMMARY, check_output, encode_prompt, parse_indices, results_in
+from experiments.common import MOST_SUMMARY, SUMMARY, check_output, encode_prompt, parse_indices, results_in
 from experiments.corpus import BOOTSTRAP, Ranks, Shards, measure_corpus
 from experiments.estimates import Estimates, Row, of_text, of_windows
 from experiments.figures import Figures, save_figures
 from experiments.texts import Texts
 from experiments.verdicts import Verdict, lines_of
 from minigpt import GPT2, Sweep, Tokenizer, parity
+from minigpt.files import read_json
 from minigpt.selfcheck import self_check
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
@@ -217,6 +218,7 @@ def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -
     raw = experiment.run(model, [ids], alone=True)
     checked = _checked(experiment, model, raw, certificate)
     measured = of_text(experiment.measure(model, raw))
+    _still_certified(certificate, model)
     return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, measured, raw, tokenizer)
 
 
@@ -256,6 +258,7 @@ def run_over_corpus(
     )
     if not tried:
         return None
+    _still_certified(tried[0][1].certificate, model)
     measured = of_windows(shards.combine(counts["windows"]))
     if measured.keys() != experiment.measure(model, tried[0][0]).keys():
         raise ValueError(f"{output / WINDOWS} holds windows that another version measured; remove it and run again.")
@@ -279,6 +282,15 @@ def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
     if certificate and not certificate.passed:
         raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
     return certificate
+
+
+def _still_certified(certificate: parity.Certificate | None, model: GPT2) -> None:
+    """Raise CheckError when the weights are no longer those that were certified."""
+    if certificate and not certificate.holds_for(model):
+        raise parity.CheckError(
+            "the weights were edited after the model was certified, so the certificate says nothing about these "
+            "numbers. Edit first and certify then; --no-parity runs without."
+        )
 
 
 def _checked(experiment: Experiment[Raw], model: GPT2, raw: Raw, certificate: parity.Certificate | None) -> Checked:
@@ -353,7 +365,7 @@ def write(experiment: Experiment[Raw], study: Study[Raw], folder: Path) -> list[
 def _of_former_run(folder: Path) -> list[str]:
     """The pattern of what another experiment left in a folder, by its summary: old figures go with it."""
     try:
-        name = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"]
+        name = read_json(folder / SUMMARY, MOST_SUMMARY)["experiment"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
     return [f"{name}*"] if isinstance(name, str) and name.isidentifier() else []

@@ -19,14 +19,12 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from minigpt import cli
-from minigpt.checkpoint import write_atomically
 from minigpt.config import GPT2Config
+from minigpt.files import open_tensors, write_atomically, write_tensors, write_text
 from minigpt.model import GPT2
 from minigpt.parity import save_reference
 
@@ -173,7 +171,7 @@ def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, losses: li
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for moment in MOMENTS:
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
-    write_atomically(path, lambda file: save_file(tensors, file, {"settings": settings}))
+    write_tensors(path, tensors, {"settings": settings})
 
 
 def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> list[float]:
@@ -181,7 +179,7 @@ def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: 
 
     Raises ValueError when the state was written by a run with other settings.
     """
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         found = (file.metadata() or {}).get("settings")
         if found != settings:
             raise ValueError(f"{path} belongs to a run with other settings ({found}); choose another --output.")
@@ -231,14 +229,15 @@ def train(
 
 def export(model: GPT2, tokenizer: tokenizers.Tokenizer, held_out_ids: Tensor, window: int, output: Path) -> None:
     """Write the finished checkpoint in Hugging Face's layout, float16, with tokenizer, losses and reference."""
-    losses = safe_open(output / STATE_FILE, "pt").get_tensor("losses").tolist()
+    with open_tensors(output / STATE_FILE) as file:
+        losses = file.get_tensor("losses").tolist()
     lines = [f"{step},{loss}" for step, loss in enumerate(losses, start=1)]
     text = "\n".join(["step,nats_per_token", *lines]) + "\n"
-    write_atomically(output / "losses.csv", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(output / "losses.csv", text)
     write_atomically(output / "tokenizer.json", lambda file: tokenizer.save(str(file)))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     text = json.dumps({**about, "model_max_length": window}, indent=2) + "\n"
-    write_atomically(output / "tokenizer_config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(output / "tokenizer_config.json", text)
     model.half().save_pretrained(output)
     stored = GPT2.from_pretrained(output)
     save_reference(output, held_out_ids[None, : min(REFERENCE_TOKENS, window)])

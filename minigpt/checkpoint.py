@@ -6,60 +6,101 @@ transposed on the way in and out: as views, without a copy.
 """
 
 import hashlib
+import itertools
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.config import CheckpointError, GPT2Config
+from minigpt.files import MOST_HEADER, open_tensors, read_json, shown, write_tensors, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ORIGIN = "origin.json"  # which repository and commit a downloaded folder holds
+MOST_PROBLEMS = 20
+"""Of a checkpoint, that an error lists; the others it counts."""
 
-# name in the file, name in the model, whether Conv1D's [in, out] is stored
+# name in the file, name in the model, shape in the file, whether it is Conv1D's
+# shape: V vocab_size, P n_positions, D n_embd, Q 3 * n_embd (queries, keys, values), M the MLP's width
 _WHOLE_MODEL = (
-    ("wte.weight", "token_embedding.weight", False),
-    ("wpe.weight", "position_embedding.weight", False),
-    ("ln_f.weight", "final_norm.weight", False),
-    ("ln_f.bias", "final_norm.bias", False),
-    ("lm_head.weight", "unembed.weight", False),
+    ("wte.weight", "token_embedding.weight", "VD", False),
+    ("wpe.weight", "position_embedding.weight", "PD", False),
+    ("ln_f.weight", "final_norm.weight", "D", False),
+    ("ln_f.bias", "final_norm.bias", "D", False),
+    ("lm_head.weight", "unembed.weight", "VD", False),
 )
 _EVERY_BLOCK = (
-    ("ln_1.weight", "attention_norm.weight", False),
-    ("ln_1.bias", "attention_norm.bias", False),
-    ("attn.c_attn.weight", "attention.qkv.weight", True),
-    ("attn.c_attn.bias", "attention.qkv.bias", False),
-    ("attn.c_proj.weight", "attention.projection.weight", True),
-    ("attn.c_proj.bias", "attention.projection.bias", False),
-    ("ln_2.weight", "mlp_norm.weight", False),
-    ("ln_2.bias", "mlp_norm.bias", False),
-    ("mlp.c_fc.weight", "mlp.expand.weight", True),
-    ("mlp.c_fc.bias", "mlp.expand.bias", False),
-    ("mlp.c_proj.weight", "mlp.projection.weight", True),
-    ("mlp.c_proj.bias", "mlp.projection.bias", False),
+    ("ln_1.weight", "attention_norm.weight", "D", False),
+    ("ln_1.bias", "attention_norm.bias", "D", False),
+    ("attn.c_attn.weight", "attention.qkv.weight", "DQ", True),
+    ("attn.c_attn.bias", "attention.qkv.bias", "Q", False),
+    ("attn.c_proj.weight", "attention.projection.weight", "DD", True),
+    ("attn.c_proj.bias", "attention.projection.bias", "D", False),
+    ("ln_2.weight", "mlp_norm.weight", "D", False),
+    ("ln_2.bias", "mlp_norm.bias", "D", False),
+    ("mlp.c_fc.weight", "mlp.expand.weight", "DM", True),
+    ("mlp.c_fc.bias", "mlp.expand.bias", "M", False),
+    ("mlp.c_proj.weight", "mlp.projection.weight", "MD", True),
+    ("mlp.c_proj.bias", "mlp.projection.bias", "D", False),
 )
 _PREFIX = "transformer."
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry
+_OF_BLOCK = re.compile(r"h\.(0|[1-9]\d{0,8})\.(.+)")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
-def names(n_layer: int) -> dict[str, tuple[str, bool]]:
-    """Name in the file -> (name in the model, stored transposed), for a model of `n_layer` blocks."""
-    table = {theirs: (ours, conv1d) for theirs, ours, conv1d in _WHOLE_MODEL}
-    for layer in range(n_layer):
-        table |= {f"h.{layer}.{theirs}": (f"blocks.{layer}.{ours}", conv1d) for theirs, ours, conv1d in _EVERY_BLOCK}
-    return table
+class Stored(NamedTuple):
+    """How a file keeps a parameter."""
+
+    name: str
+    """In the model."""
+    shape: list[int]
+    """In the file."""
+    conv1d: bool
+    """Whether it is transposed there."""
+
+
+class Layout:
+    """Hugging Face's layout of a GPT-2 of some shape. Nothing of the model's size is made to look into it."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        self.n_layer = config.n_layer
+        self.optional = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
+        width = config.n_embd
+        sizes = {"V": config.vocab_size, "P": config.n_positions, "D": width, "Q": 3 * width, "M": config.mlp_width}
+        self._whole, self._block = (
+            {theirs: Stored(ours, [sizes[size] for size in shape], conv1d) for theirs, ours, shape, conv1d in table}
+            for table in (_WHOLE_MODEL, _EVERY_BLOCK)
+        )
+
+    def get(self, theirs: str) -> Stored | None:
+        """What the file's tensor of that name is; None for a name that does not belong."""
+        if match := _OF_BLOCK.fullmatch(theirs):
+            layer, stored = int(match[1]), self._block.get(match[2])
+            return stored._replace(name=f"blocks.{layer}.{stored.name}") if stored and layer < self.n_layer else None
+        return self._whole.get(theirs)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names in the file, without prefix, one by one."""
+        yield from self._whole
+        for layer in range(self.n_layer):
+            yield from (f"h.{layer}.{theirs}" for theirs in self._block)
+
+    def missing(self, found: Set[str]) -> Iterator[str]:
+        """The names that must be there and are not, one by one."""
+        return (theirs for theirs in self if theirs not in found and theirs not in self.optional)
+
+    def count_missing(self, found: Set[str]) -> int:
+        """How many those are."""
+        there = sum(self.get(theirs) is not None for theirs in found | self.optional)
+        return len(self._whole) + self.n_layer * len(self._block) - there
 
 
 @dataclass(frozen=True)
@@ -108,21 +149,20 @@ def weight_files(directory: Path, repository: str | None = None) -> tuple[Path, 
 
     Raises CheckpointError when there are none, or when the index is broken or names a missing shard.
     """
-    if (directory / WEIGHTS).is_file():
+    if (directory / WEIGHTS).exists():
         return (directory / WEIGHTS,)
-    if not (directory / INDEX).is_file():
+    if not (directory / INDEX).exists():
         raise CheckpointError(_no_weights(directory, repository))
     try:
-        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({str(shard) for shard in weight_map.values()})
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(f"{directory / INDEX} is not an index of shards; download it again.") from None
-    outside = [shard for shard in shards if Path(shard).name != shard]
+        shards = sorted({str(shard) for shard in read_json(directory / INDEX, MOST_HEADER)["weight_map"].values()})
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{directory / INDEX} is not an index of shards ({error}); download it again.") from None
+    if outside := [shard for shard in shards if Path(shard).name != shard or "\0" in shard]:
+        raise CheckpointError(f"{directory / INDEX} names shards outside its folder: {shown(outside)}.")
     missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if outside or missing or not shards:
+    if missing or not shards:
         raise CheckpointError(
-            f"{directory / INDEX} names shards that are missing ({missing}) or outside its folder ({outside}); "
-            "download the checkpoint again."
+            f"{directory / INDEX} names shards that are missing: {shown(missing)}; download it again."
         )
     return tuple(directory / shard for shard in shards)
 
@@ -136,38 +176,25 @@ def _no_weights(directory: Path, repository: str | None) -> str:
     )
 
 
-def load(
-    files: tuple[Path, ...],
-    config: GPT2Config,
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Read weight files into a state dict with the names and shapes of `shapes`.
+def load(files: tuple[Path, ...], config: GPT2Config, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Read weight files into a state dict, which lacks only the scales.
 
-    Files are memory-mapped: a float32 file loaded as float32 on the CPU is not copied. Scales are
-    not in the files and become 1; a tied unembedding may be absent, or equal to the embedding.
+    Files are memory-mapped: a float32 file loaded as float32 on the CPU is not copied. A tied unembedding
+    may be absent, or equal to the embedding.
 
     Raises CheckpointError, listing every missing and unexpected name, wrong shape or type and
-    non-finite value at once.
+    non-finite value at once, `MOST_PROBLEMS` of each kind. No value is read of a tensor that does not fit.
     """
-    table = names(config.n_layer)
-    state = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items() if is_scale(name)}
+    layout = Layout(config)
     with ExitStack() as opened:
         found, problems = _inventory(files, opened)
+        misfits = {theirs: problem for theirs, of in found.items() if (problem := _misfit(theirs, *of, layout))}
         if not problems:  # an unreadable file would make everything in it "missing"
-            optional = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
-            problems += [f"missing: {theirs}" for theirs in table if theirs not in found and theirs not in optional]
-        for theirs, (file, key) in found.items():
-            if problem := _misfit(theirs, file.get_slice(key), table, shapes):
-                problems.append(problem)
-                continue
-            ours, conv1d = table[theirs]
-            stored = file.get_tensor(key)
-            state[ours] = tensor = (stored.t() if conv1d else stored).to(dtype)
-            # The sum is quick, and not finite where a value is not; only where it is not are the values looked at.
-            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                problems.append(f"not finite: {theirs}, read as {dtype}")
+            absent = (f"missing: {theirs}" for theirs in layout.missing(found.keys()))
+            problems += _listed(absent, layout.count_missing(found.keys()), "are missing")
+        problems += _listed(misfits.values(), len(misfits), "do not fit")
+        state, broken = _read({theirs: of for theirs, of in found.items() if theirs not in misfits}, layout, dtype)
+    problems += _listed(broken, len(broken), "are not finite")
     embedding = state.get("token_embedding.weight")
     if config.tie_word_embeddings and embedding is not None:
         unembedding = state.setdefault("unembed.weight", embedding)
@@ -178,35 +205,57 @@ def load(
     return {name: tensor.to(device) for name, tensor in state.items()}
 
 
+def _read(found: dict[str, tuple[Any, str]], layout: Layout, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str]]:
+    """Name in the model -> tensor, of names that belong; and which have values that are not finite."""
+    state, broken = dict[str, Tensor](), list[str]()
+    for theirs, (file, key) in found.items():
+        stored, tensor = layout.get(theirs), file.get_tensor(key)
+        assert stored is not None
+        state[stored.name] = tensor = (tensor.t() if stored.conv1d else tensor).to(dtype)
+        # The sum is quick, and not finite where a value is not; only where it is not are the values looked at.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            broken.append(f"not finite: {theirs}, read as {dtype}")
+    return state, broken
+
+
+def _listed(problems: Iterable[str], count: int, what: str) -> list[str]:
+    """The first few problems of a kind, and how many more there are."""
+    more = count - MOST_PROBLEMS
+    return [*itertools.islice(problems, MOST_PROBLEMS), *([f"and {more} more {what}"] if more > 0 else [])]
+
+
 def _inventory(files: tuple[Path, ...], opened: ExitStack) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """Name without prefix -> (open file, its key), for every tensor but the masks; and what is wrong with the files."""
-    found, problems = dict[str, tuple[Any, str]](), list[str]()
+    found, problems, twice = dict[str, tuple[Any, str]](), list[str](), list[str]()
     for file in files:
         try:
-            stored = opened.enter_context(safe_open(file, "pt"))
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file.name} is not a whole safetensors file ({error}); download it again")
+            stored = opened.enter_context(open_tensors(file))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
             continue
         for key in stored.keys():  # noqa: SIM118  safe_open is not a mapping
             theirs = key.removeprefix(_PREFIX)
             if theirs in found:
-                problems.append(f"{theirs} is there twice, with and without {_PREFIX!r} or in two shards")
+                twice.append(f"{_short(theirs)} is there twice, with and without {_PREFIX!r} or in two shards")
             elif not _BUFFERS.fullmatch(theirs):
                 found[theirs] = stored, key
-    return found, problems
+    return found, problems + _listed(twice, len(twice), "are there twice")
 
 
-def _misfit(theirs: str, stored: Any, table: dict[str, tuple[str, bool]], shapes: dict[str, torch.Size]) -> str | None:
-    if theirs not in table:
-        return f"unexpected: {theirs}"
-    ours, conv1d = table[theirs]
-    expected = list(shapes[ours])
-    expected = expected[::-1] if conv1d else expected
-    if stored.get_shape() != expected:
-        return f"wrong shape: {theirs} is {stored.get_shape()}, config.json asks for {expected}"
+def _misfit(theirs: str, file: Any, key: str, layout: Layout) -> str | None:
+    expected, stored = layout.get(theirs), file.get_slice(key)
+    if expected is None:
+        return f"unexpected: {_short(theirs)}"
+    if stored.get_shape() != expected.shape:
+        return f"wrong shape: {theirs} is {shown(stored.get_shape())}, config.json asks for {expected.shape}"
     if stored.get_dtype() not in _FLOATS:
         return f"wrong type: {theirs} is {stored.get_dtype()}, expected one of {', '.join(sorted(_FLOATS))}"
     return None
+
+
+def _short(name: str) -> str:
+    """A tensor's name, as it is where it is a plain one."""
+    return name if re.fullmatch(r"[\w.]{1,80}", name, re.ASCII) else shown(name)
 
 
 def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
@@ -219,38 +268,32 @@ def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
         raise ValueError(
             f"Scales that are not 1 cannot be saved, the layout has no place for them: {changed}. Reset them."
         )
-    table = names(config.n_layer)
-    if config.tie_word_embeddings:
-        del table["lm_head.weight"]
-    tensors = {}
-    for theirs, (ours, conv1d) in table.items():
-        tensor = state[ours].detach().cpu()
-        prefix = "" if theirs == "lm_head.weight" else _PREFIX
-        tensors[prefix + theirs] = (tensor.t() if conv1d else tensor).contiguous()
+    layout, tensors = Layout(config), {}
+    for theirs in layout:
+        stored = layout.get(theirs)
+        if stored is not None and theirs not in layout.optional:
+            tensor = state[stored.name].detach().cpu()
+            prefix = "" if theirs == "lm_head.weight" else _PREFIX
+            tensors[prefix + theirs] = (tensor.t() if stored.conv1d else tensor).contiguous()
     dtype = str(state["token_embedding.weight"].dtype).removeprefix("torch.")
+    text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ORIGIN).unlink(missing_ok=True)  # these weights are no longer the hub's
-        write_atomically(directory / WEIGHTS, lambda file: save_file(tensors, file, {"format": "pt"}))
-        text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
-        write_atomically(directory / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        described = directory / "config.json"
+        if described.exists() and described.read_bytes() != text.encode():
+            described.unlink()  # a kill from here on leaves no weights beside another model's config
+        write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
+        write_text(described, text)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}.") from None
+
+
+def unit_scales(state: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+    """Ones for every scale of a state dict: what a file has no place for."""
+    return {name: torch.ones(of.shape, dtype=dtype, device=device) for name, of in state.items() if is_scale(name)}
 
 
 def is_scale(name: str) -> bool:
     """Whether a parameter's name is that of a scale."""
     return name.endswith("_scale")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Give `write` a temporary file beside `path`, then move it into place: whole, or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

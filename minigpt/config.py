@@ -1,7 +1,6 @@
 """The shape of a model: Hugging Face's field names for GPT-2, checked when they are set."""
 
-import json
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,11 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minigpt.files import printable, read_json, shown
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: the message says what was found, what was expected, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # a name in a stranger's file could steer the terminal
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -41,6 +45,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+MOST = 2**31 - 1
+"""Of any dimension: the largest that every library below can count."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,16 @@ class GPT2Config:
             _check_number(name, getattr(self, name))
         for field in fields(self):
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
-                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}; expected true or false.")
+                raise ValueError(f"{field.name} is {shown(getattr(self, field.name))}; expected true or false.")
         for name in ("bos_token_id", "eos_token_id"):
             _check_token_id(name, getattr(self, name), self.vocab_size)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}; n_embd must be a multiple of n_head."
             )
-        if self.activation_function not in ACTIVATIONS:
+        if self.activation_function not in list(ACTIVATIONS):  # a list: what cannot be a key may be asked for
             raise ValueError(
-                f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}."
+                f"activation_function is {shown(self.activation_function)}; expected one of {', '.join(ACTIVATIONS)}."
             )
 
     @property
@@ -134,15 +142,15 @@ class GPT2Config:
     def from_file(cls, path: Path) -> "GPT2Config":
         """Read a config.json; raises CheckpointError when it is absent, broken or not GPT-2's."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path.parent} has no config.json; expected a folder with config.json and model.safetensors."
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}. Download or write it again.") from None
+        except ValueError as error:
+            raise CheckpointError(f"{error} Download or write it again.") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds a {type(values).__name__}; expected an object of named fields.")
         try:
@@ -158,20 +166,21 @@ class GPT2Config:
 def _check_architecture(values: dict[str, Any]) -> None:
     model_type = values.get("model_type", "gpt2")
     if model_type != "gpt2":
-        raise ValueError(f"model_type is {model_type!r}; only 'gpt2' can be loaded.")
+        raise ValueError(f"model_type is {shown(model_type)}; only 'gpt2' can be loaded.")
     for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads"):
         if values.get(name):
-            raise ValueError(f"{name} is set to {values[name]!r}; it is not supported, only a plain GPT-2 is.")
+            raise ValueError(f"{name} is set to {shown(values[name])}; it is not supported, only a plain GPT-2 is.")
 
 
 def _check_positive_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise ValueError(f"{name} is {shown(value)}; expected an integer from 1 to {MOST}.")
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0.")
+    # A comparison, for it takes whole numbers of any size, and is false for what is not a number.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} is {shown(value)}; expected a finite number of at least 0.")
 
 
 def _check_token_id(name: str, value: object, vocab_size: int) -> None:
@@ -179,7 +188,7 @@ def _check_token_id(name: str, value: object, vocab_size: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
         raise ValueError(
-            f"{name} is {value!r}; expected an id below vocab_size ({vocab_size}); set it to that, or to null."
+            f"{name} is {shown(value)}; expected an id below vocab_size ({vocab_size}); set it to that, or to null."
         )
 
 

@@ -9,11 +9,13 @@ block is computed twice, and each weight is read once for as many rows as fit th
 Only numbers per position leave a place: see `Place`.
 """
 
+import logging
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from minigpt.model import GPT2, Attention, Block
 from minigpt.predictions import Predictions, predict, prediction_numbers
 from minigpt.scales import Site, check_site, scales_not_one
 
+logger = logging.getLogger("minigpt")
 Cell = tuple[int, int]
 """The index of an entry, and the index of a factor."""
 CPU_SLAB, GPU_SLAB = 1024, 65536
@@ -174,6 +177,19 @@ class Pass:
             yield self._place(layer + 1, streams[:begun], scratch, written=written)
         last = len(model.blocks) + 1
         yield self._place(last, streams, scratch, model.final_norm, predictions=self._predict(streams))
+
+    def halves(self) -> list["Pass"]:
+        """The same cells on the same texts in two passes. Raises ValueError when there is one of each."""
+        if len(self.cells) > 1:
+            half = len(self.cells) // 2
+            return [replace(self, cells=cells) for cells in (self.cells[:half], self.cells[half:])]
+        if len(self.ids) == 1:
+            raise ValueError(f"The memory is too little for one scaled run of {self.ids.shape[1]} tokens; shorten it.")
+        half, first, last = len(self.ids) // 2, self.texts.start, self.texts.stop
+        return [
+            replace(self, texts=slice(first, first + half), ids=self.ids[:half], lengths=self.lengths[:half]),
+            replace(self, texts=slice(first + half, last), ids=self.ids[half:], lengths=self.lengths[half:]),
+        ]
 
     def _run_block(
         self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell], scratch: Tensor
@@ -335,6 +351,34 @@ def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int |
         for chosen in (slice(first, min(first + texts, len(ids))) for first in range(0, len(ids), texts))
         for start in range(0, max(1, len(cells)), per_pass)
     ]
+
+
+def run_passes(passes: Sequence[Pass]) -> Iterator[Place]:
+    """The places of all passes. One that runs out of memory is halved and repeated, and a warning is logged.
+
+    Places that it had yielded come again. Raises ValueError when one scaled run of one text is too much.
+    """
+    waiting = list(reversed(passes))
+    while waiting:
+        part = waiting.pop()
+        if not (yield from _whole(part)):
+            waiting += reversed(part.halves())  # out here the failed pass's tensors are gone
+            logger.warning(
+                "Out of memory with %d scaled runs of %d texts beside the clean run; they are halved and run again.",
+                len(part.cells),
+                len(part.ids),
+            )
+
+
+def _whole(part: Pass) -> Generator[Place, None, bool]:
+    """The places of a pass; returns whether the memory was enough for them."""
+    try:
+        yield from part.places()
+    except (MemoryError, RuntimeError) as error:  # CUDA has a type of its own, a RuntimeError; CPUs have none
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        return False
+    return True
 
 
 def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: int) -> int:

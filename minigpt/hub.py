@@ -17,8 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from minigpt.checkpoint import ORIGIN, write_atomically
+from minigpt.checkpoint import ORIGIN
 from minigpt.config import CheckpointError
+from minigpt.files import read_json, write_atomically, write_text
 
 ALIASES = {
     "gpt2": "openai-community/gpt2",
@@ -106,7 +107,7 @@ def download(name: str, to: Path, revision: str | None = None) -> Found:
         for stale in {file.name for file in _matching(to)} - {file.name for file in kept}:
             (to / stale).unlink()
         origin = json.dumps({"repository": found.repository, "commit": found.commit}, indent=2) + "\n"
-        write_atomically(to / ORIGIN, lambda part: part.write_text(origin, encoding="utf-8"))
+        write_text(to / ORIGIN, origin)
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written: {error.strerror or error}.") from None
     return Found(to, found.repository, found.commit)
@@ -120,9 +121,9 @@ def _matching(directory: Path) -> list[Path]:
 def _origin(directory: Path) -> tuple[str | None, str | None]:
     """The repository and commit that `download` noted in a folder."""
     try:
-        noted = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
+        noted = read_json(directory / ORIGIN)
         return str(noted["repository"]), str(noted["commit"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None, None
 
 

@@ -173,10 +173,10 @@ class GPT2(nn.Module):
         found = hub.find(name_or_path, revision, local_files_only)
         config = GPT2Config.from_file(found.directory / "config.json")
         files = checkpoint.weight_files(found.directory, found.repository)
-        with torch.device("meta"):  # shapes only: nothing is drawn, nothing is allocated
+        state = checkpoint.load(files, config, dtype, torch.device(device))
+        with torch.device("meta"):  # nothing is drawn, nothing is allocated
             model = cls(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoint.load(files, config, shapes, dtype, torch.device(device)), assign=True)
+        model.load_state_dict(state | checkpoint.unit_scales(model.state_dict(), dtype, device), assign=True)
         model._tie()
         model.source = checkpoint.Source(str(name_or_path), found.repository, found.commit, files)
         return model.eval()

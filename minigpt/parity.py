@@ -20,13 +20,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt import hub
-from minigpt.checkpoint import is_scale, write_atomically
+from minigpt.checkpoint import is_scale
 from minigpt.config import OFFICIAL, GPT2Config
+from minigpt.files import open_tensors, write_tensors
 from minigpt.generate import generate
 from minigpt.model import GPT2
 from minigpt.scales import scales_not_one
@@ -58,11 +57,17 @@ class Certificate:
     tolerance: float | None = None
     problems: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
+    """The `fingerprint` of the model that was checked: the certificate is about these weights and no others."""
 
     @property
     def passed(self) -> bool:
         """Whether the model may be called the same as the reference."""
         return self.verdict == "certified"
+
+    def holds_for(self, model: GPT2) -> bool:
+        """Whether a model passed, and still has the weights that it was checked with."""
+        return self.passed and self.weights == fingerprint(model)
 
     def sentence(self) -> str:
         """The outcome in a line."""
@@ -93,10 +98,20 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
     changed = scales_not_one(model)
     if changed:
         raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back to 1.")
-    if model.final_norm.weight.dtype not in TOLERANCES:
+    certificate = replace(_compared(model, live), weights=fingerprint(model))
+    if model.source is None or fingerprint(GPT2.from_pretrained(model.source.directory, dtype=_dtype(model))) == (
+        certificate.weights
+    ):
+        return certificate
+    edited = f"The weights in memory are not those in {model.source.directory}, rounded to {_dtype(model)}."
+    return replace(certificate, verdict="failed", problems=(*certificate.problems, edited))
+
+
+def _compared(model: GPT2, live: bool) -> Certificate:
+    if _dtype(model) not in TOLERANCES:
         return _in_float32(model, live)
     stored = model.source.directory / REFERENCE if model.source else None
-    if stored and stored.is_file() and not live:
+    if stored and stored.exists() and not live:
         return _against_stored(model, stored)
     if official_name(model) == "gpt2" and not live:
         return _against_published(model)
@@ -104,20 +119,11 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
 
 
 def _in_float32(model: GPT2, live: bool) -> Certificate:
-    """Certify the checkpoint in float32, and the half-precision weights as its rounding."""
-    dtype = model.final_norm.weight.dtype
+    """Certify what a half-precision model was rounded from: the checkpoint, or where there is none its own weights."""
     full = GPT2.from_pretrained(model.source.directory) if model.source else copy.deepcopy(model).float()
     full.source = model.source
-    certificate = certify(full, live)
-    rounded = {name: tensor.to(dtype) for name, tensor in full.state_dict().items()}
-    same = all(torch.equal(tensor.cpu(), rounded[name].cpu()) for name, tensor in model.state_dict().items())
-    problems = () if same else (f"The weights are not the checkpoint's, rounded to {dtype}.",)
-    return replace(
-        certificate,
-        verdict=certificate.verdict if same else "failed",
-        against=f"{certificate.against}, in float32" if certificate.against else "",
-        problems=certificate.problems + problems,
-    )
+    certificate = _compared(full.to(_device(model)), live)
+    return replace(certificate, against=f"{certificate.against}, in float32" if certificate.against else "")
 
 
 def official_name(model: GPT2) -> str | None:
@@ -198,6 +204,16 @@ def digest(model: GPT2) -> str:
     return total.hexdigest()
 
 
+def fingerprint(model: GPT2) -> str:
+    """sha256 over the shape and every bit of the weights in memory, whatever they were loaded from."""
+    total = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not is_scale(name):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def save_reference(directory: Path, ids: Tensor) -> None:
     """Write reference.safetensors beside a checkpoint: what transformers computes for `ids` in float64."""
     expected = run_transformers(load_transformers(directory, torch.float64), ids)
@@ -207,18 +223,18 @@ def save_reference(directory: Path, ids: Tensor) -> None:
         "transformers": version("transformers"),
         "torch": version("torch"),
     }
-    write_atomically(directory / REFERENCE, lambda file: save_file(tensors, file, about))
+    write_tensors(directory / REFERENCE, tensors, about)
 
 
 def _against_stored(model: GPT2, path: Path) -> Certificate:
     try:
-        with safe_open(path, "pt") as stored:
+        with open_tensors(path) as stored:
             about = stored.metadata() or {}
             expected = {name: stored.get_tensor(name) for name in ("logits", "depths", "final", "loss")}
             ids = stored.get_tensor("ids")
         against = f"{REFERENCE} (transformers {about['transformers']})"
         model.config.check_ids(ids)
-    except (SafetensorError, OSError, LookupError, ValueError) as error:
+    except (OSError, LookupError, ValueError) as error:
         return _certificate(path.name, {}, None, [f"{path} is broken or belongs to another model: {error}."])
     ours = run(model, ids.to(_device(model)))
     problems = [f"{name} have another shape." for name in expected if ours[name].shape != expected[name].shape]

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minigpt.checkpoint import write_atomically
 from minigpt.divergence import WRITTEN, Statistics
-from minigpt.fanout import Cell, Grid, Place, plan
+from minigpt.fanout import Cell, Grid, Place, plan, run_passes
+from minigpt.files import open_tensors, write_tensors
 from minigpt.model import GPT2
 from minigpt.predictions import Predictions
 from minigpt.scales import Site
@@ -93,20 +91,20 @@ class Sweep:
                 tensors |= {f"{prefix}.{name}": tensor.contiguous() for name, tensor in kept.tensors().items()}
         settings = {name: getattr(self, name) for name in _SETTINGS}
         tensors["ids"] = self.ids.cpu().contiguous()
-        write_atomically(Path(path), lambda file: save_file(tensors, file, {"sweep": json.dumps(settings)}))
+        write_tensors(Path(path), tensors, {"sweep": json.dumps(settings)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
         """Read what `save` wrote. Raises ValueError for any other file."""
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(Path(path)) as file:
                 found = json.loads(file.metadata()["sweep"])
                 settings = {name: _frozen(found[name]) for name in _SETTINGS}
                 tensors = [file.get_tensor(name) for name in _TENSORS]
                 predictions = [_read_predictions(file, prefix) for prefix in _PREDICTIONS]
                 statistics = Statistics(settings["layers"], *tensors, *predictions)
                 return cls(**settings, ids=file.get_tensor("ids"), statistics=statistics)
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved sweep ({error}); expected a file written by Sweep.save.") from None
 
 
@@ -146,7 +144,8 @@ def sweep(
     over layers x heads. `positions` (default: all) are scaled, the others are not. A factor of 1 is not
     run: its cells are the clean run. With `predictions` the next-token distributions are compared too, which
     takes the unembedding of every run. `max_bytes` (default: a quarter of what is free) bounds the memory,
-    beside the model and the result: the grid is split into passes, each with its own clean run.
+    beside the model and the result: the grid is split into passes, each with its own clean run. A pass that
+    still runs out of memory is halved and repeated, which the logger `minigpt` says.
     `progress` wraps the n_layer + 2 places of every pass as they come, as tqdm does.
 
     Raises ValueError for a layer, head, position or factor out of range, for a model whose scales are not 1,
@@ -156,7 +155,7 @@ def sweep(
     model.config.check_ids(ids)
     grid = Grid.checked(model, layers, factors, site, heads, positions, ids.shape[1], predictions)
     passes = plan(model, grid, ids, lengths, max_bytes)
-    places = progress((place for part in passes for place in part.places()), len(passes) * (model.config.n_layer + 2))
+    places = progress(run_passes(passes), len(passes) * (model.config.n_layer + 2))
     statistics = _collect(places, grid, model.config.n_layer + 2, lengths, ids.shape[1])
     return Sweep(site, grid.layers, grid.heads, grid.factors, ids.cpu(), statistics, grid.positions)
 

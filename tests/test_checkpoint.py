@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minigpt import GPT2, CheckpointError, scaled
-from minigpt.checkpoint import INDEX, ORIGIN, WEIGHTS, write_atomically
+from minigpt.checkpoint import INDEX, ORIGIN, WEIGHTS
+from minigpt.files import write_atomically
 
 Tensors = dict[str, Tensor]
 MAPS = Path("/proc/self/maps")

@@ -11,7 +11,8 @@ import pytest
 from tests.conftest import ROOT, TINY
 
 ORDER = (
-    ("config", "cache", "linear"),
+    ("files", "cache", "linear"),
+    ("config",),
     ("checkpoint",),
     ("hub",),
     ("model", "predictions"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minigpt import GPT2, GPT2Config, generate, parity, scaled
-from minigpt.checkpoint import WEIGHTS, Source, names
+from minigpt.checkpoint import WEIGHTS, Layout, Source
 from minigpt.config import ACTIVATIONS
 from minigpt.scales import SITES, Site, scale_name
 from tests.conftest import SMALL, TINY, draw
@@ -137,7 +137,8 @@ def test_gradients_of_all_weights_match(model: GPT2, ids: Tensor, tmp_path: Path
     parity.next_token_loss(theirs(ids).logits, ids).backward()
     parity.next_token_loss(model(ids), ids).backward()
     compared = 0
-    for name, (ours, conv1d) in names(SMALL["n_layer"]).items():
+    layout = Layout(model.config)
+    for name, (ours, _, conv1d) in ((name, layout.get(name)) for name in layout):
         if name == "lm_head.weight":
             continue
         expected = theirs.transformer.get_parameter(name).grad
@@ -413,9 +414,9 @@ def official_shape(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
     """A model that claims to be openai-community/gpt2, with random weights."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(bos_token_id=50256, eos_token_id=50256))
-    file = tmp_path_factory.mktemp("gpt2") / WEIGHTS
-    file.touch()
-    model.source = Source("gpt2", "openai-community/gpt2", "0" * 40, (file,))
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    model.source = Source("gpt2", "openai-community/gpt2", "0" * 40, (folder / WEIGHTS,))
     return model
 
 
@@ -474,3 +475,48 @@ def test_another_shape_is_not_the_official_model(official_shape: GPT2) -> None:
     other = GPT2(dataclasses.replace(GPT2Config(), n_layer=1, n_embd=12, vocab_size=10))
     other.source = official_shape.source
     assert parity.official_name(other) is None
+
+
+# The certificate is bound to the weights in memory.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_that_are_edited_after_loading_are_not_certified(dtype: torch.dtype) -> None:
+    """Also an edit that no compared number shows: a position that the reference does not reach."""
+    model = GPT2.from_pretrained(TINY, dtype=dtype)
+    assert parity.certify(model).passed
+    with torch.no_grad():
+        model.position_embedding.weight[200, 7] += 1
+    certificate = parity.certify(model)
+    assert certificate.verdict == "failed"
+    assert f"The weights in memory are not those in {TINY}" in certificate.sentence()
+
+
+def test_an_edit_makes_a_certificate_void_and_taking_it_back_restores_it(tiny: GPT2) -> None:
+    certificate, weight = parity.certify(tiny), tiny.blocks[3].mlp.expand.weight
+    assert certificate.holds_for(tiny)
+    before = weight[5, 5].clone()
+    try:
+        with torch.no_grad():
+            weight[5, 5] = torch.nextafter(before, before + 1)
+        assert not certificate.holds_for(tiny)
+    finally:
+        with torch.no_grad():
+            weight[5, 5] = before
+    assert certificate.holds_for(tiny)
+
+
+def test_a_certificate_of_one_model_does_not_hold_for_another(tiny: GPT2, model: GPT2) -> None:
+    assert not parity.certify(tiny).holds_for(model)
+    failed = parity.Certificate("failed", "anything", weights=parity.fingerprint(model))
+    assert not failed.holds_for(model)
+
+
+def test_the_fingerprint_sees_the_shape_and_every_weight_but_no_scale(small: Callable[..., GPT2]) -> None:
+    expected = parity.fingerprint(small())
+    assert parity.fingerprint(small(layer_norm_epsilon=1e-6)) != expected
+    for name, _ in small().named_parameters():
+        changed = small()
+        with torch.no_grad():
+            changed.get_parameter(name).view(-1)[0] += 1e-9
+        assert (parity.fingerprint(changed) == expected) == name.endswith("_scale"), name

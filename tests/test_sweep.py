@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt import GPT2, Sweep, scaled, sweep
 from minigpt.divergence import MEASURES, POSITION_SETS
-from minigpt.fanout import Grid, Place, estimate_bytes, free_bytes, plan
+from minigpt.fanout import Grid, Pass, Place, estimate_bytes, free_bytes, plan
 from minigpt.scales import SITES, Site, scale_name
 from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS, padded
@@ -376,3 +376,91 @@ def test_numpys_numbers_are_numbers(model: GPT2, ids: Tensor, tmp_path: Path) ->
 def test_a_model_that_is_not_clean_is_refused(model: GPT2, ids: Tensor) -> None:
     with scaled(model, {"blocks.0.mlp_scale": 0.5}), pytest.raises(ValueError, match=r"blocks\.0\.mlp_scale"):
         sweep(model, ids)
+
+
+# A pass that runs out of memory.
+
+FAR_BEYOND = """
+import json, resource, sys, torch
+from minigpt import GPT2, GPT2Config, sweep
+model = GPT2(GPT2Config(vocab_size=50, n_positions=256, n_embd=64, n_head=2, n_layer=2))
+ids = torch.randint(50, (2, 256))
+sweep(model, ids, factors=[0.5])  # so that everything that loads late is there
+used = 1024 * next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))
+result = sweep(model, ids, factors=[0.5 + step / 200 for step in range(int(sys.argv[1]))], max_bytes=2**60)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+again = sweep(model, ids, factors=result.factors)
+torch.testing.assert_close(result.statistics.difference, again.statistics.difference, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory, and to read how much is used")
+def test_a_pass_that_runs_out_of_memory_is_halved_and_says_so() -> None:
+    command = [sys.executable, "-W", "error", "-c", FAR_BEYOND, "60"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Out of memory with 120 scaled runs of 2 texts beside the clean run; they are halved" in done.stderr
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Exception], str], list[int]]:
+    """Let every pass with more rows of texts than so many fail at its last place; the rows of all passes are listed."""
+
+    def limit(most: int, kind: type[Exception], message: str) -> list[int]:
+        whole, seen = Pass.places, list[int]()
+
+        def places(self: Pass) -> Iterator[Place]:
+            seen.append(len(self.cells) * len(self.ids))
+            for place in whole(self):
+                if place.index == 3 and seen[-1] > most:
+                    raise kind(message)
+                yield place
+
+        monkeypatch.setattr(Pass, "places", places)
+        return seen
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (MemoryError, ""),
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_halved_passes_give_the_same_numbers(
+    model: GPT2, ids: Tensor, little_memory: Callable[..., list[int]], kind: type[Exception], message: str
+) -> None:
+    asked = {"layers": [1, 0], "factors": FACTORS, "predictions": True}
+    expected = sweep(model, ids, **asked)
+    seen = little_memory(1, kind, message)
+    found = sweep(model, ids, **asked)
+    assert seen[0] == 12
+    assert seen.count(1) == 12  # down to one cell of one text
+    for name in ("difference", "scaled", "inner", "clean", "written"):
+        one, other = getattr(found.statistics, name), getattr(expected.statistics, name)
+        torch.testing.assert_close(one, other, **SAME)
+    assert found.statistics.predictions is not None and expected.statistics.predictions is not None
+    torch.testing.assert_close(found.statistics.predictions.kl, expected.statistics.predictions.kl, **SAME)
+
+
+def test_memory_that_is_too_little_for_one_run_is_a_sentence(
+    model: GPT2, ids: Tensor, little_memory: Callable[..., list[int]]
+) -> None:
+    little_memory(0, MemoryError, "")
+    with pytest.raises(ValueError, match="too little for one scaled run of 10 tokens"):
+        sweep(model, ids, factors=[0.5])
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    model: GPT2, ids: Tensor, little_memory: Callable[..., list[int]]
+) -> None:
+    seen = little_memory(0, RuntimeError, "Expected all tensors to be on the same device")
+    with pytest.raises(RuntimeError, match="same device"):
+        sweep(model, ids, factors=[0.5])
+    assert len(seen) == 1

@@ -1,0 +1,188 @@
+"""Files of strangers, read within bounds; files of our own, written whole or not at all."""
+
+import json
+import os
+import re
+import reprlib
+import socket
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+MOST_JSON = 2**20
+"""Bytes of a JSON file, where nothing else is said."""
+MOST_HEADER = 10 * 2**20
+"""Bytes of a safetensors header: a hundred thousand tensors; GPT-2 XL's has 70,000 bytes."""
+MODE = 0o644
+"""Of every file that is written."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 80, 40, 80
+
+
+def shown(value: object) -> str:
+    """A value that a stranger wrote, for a sentence about it: quoted, and cut where it is long."""
+    return printable(_SHORT.repr(value))
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows as letters: control characters and halves of characters are written out."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise ValueError unless a path leads to a regular file, of at most so many bytes, of its own folder.
+
+    A symbolic link may lead to a file of the same folder, or, out of a snapshot of the hub's cache, to the
+    cache's `blobs`. Raises OSError when there is nothing.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file.")
+    if most is not None and status.st_size > most:
+        raise ValueError(f"{path} has {status.st_size} bytes; expected at most {most}.")
+    home, target = path.parent.resolve(), path.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise ValueError(f"{path} is a link out of its folder, to {target}; put the file itself there.")
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """Parse a JSON file of at most so many bytes.
+
+    Raises OSError when it cannot be read, and ValueError when it is too large, nested too deeply, not JSON,
+    not UTF-8, or gives a name twice.
+    """
+    check_regular(path, most)
+    try:
+        with path.open("rb") as file:
+            return _parse(file.read(most + 1))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: readers disagree on which of two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {shown(twice)} is there twice")
+    return found
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file to read tensors from, mapped into memory: safetensors' `safe_open`.
+
+    Its header is read first, within `MOST_HEADER`. Raises OSError when the file cannot be read and ValueError when
+    it is not a whole safetensors file.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, MOST_HEADER))
+    try:
+        if length > MOST_HEADER:
+            raise ValueError(f"its header would have {length} bytes, and at most {MOST_HEADER} are read")
+        _parse(header)
+        opened = safe_open(path, "pt")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again.") from None
+    with opened as tensors:
+        yield tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole, or not at all. Raises OSError when it cannot be written."""
+
+    def write(file: Path) -> None:
+        try:
+            save_file(tensors, file, metadata)
+        except SafetensorError as error:  # it reports a full disk so
+            reason = re.sub(r" \(os error (\d+)\)$", "", str(error).rpartition("I/O error: ")[2])
+            raise OSError(None, reason, str(path)) from None
+
+    write_atomically(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, or not at all. Raises OSError when it cannot be written."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Give `write` a temporary file beside `path`, then move it into place: whole, or not at all.
+
+    What an earlier process of this machine, which is gone, was writing there is removed first.
+    """
+    _remove_abandoned(path)
+    mark = f"{_mark(path)}{os.getpid()}-"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=mark, suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        settle(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def settle(path: Path) -> None:
+    """Bring a finished file onto the disk, so that a move after it cannot overtake its content."""
+    path.chmod(MODE)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # only POSIX opens folders
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _mark(path: Path) -> str:
+    return f".{path.name}.writing-{socket.gethostname()}-"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of a path whose process is gone."""
+    mark = _mark(path)
+    for leftover in [file for file in path.parent.iterdir() if file.name.startswith(mark)]:
+        process = leftover.name.removeprefix(mark).partition("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no asking without harm
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
