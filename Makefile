@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup study tour test check bench
+.PHONY: setup study tour test check bench release-check
 
 setup: $(READY)
 
@@ -37,3 +37,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What must hold before a version is tagged; installs PyTorch once more, in a temporary folder.
+release-check: $(READY)
+	$(BIN)/python -m tests.release_check

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from experiments.common import check_output
+from experiments.common import claimed
 from experiments.corpus import Ranks, default_max_bytes, joined_ranks, rank_device
 from experiments.runner import REPORT, WINDOWS, Experiment, Raw, Start, Study, run_over_corpus, run_prompt, show, write
 from experiments.texts import Texts
@@ -78,10 +79,11 @@ def _main(
     experiment = build(begin, **own)
     experiment.command, experiment.progress = _as_typed(experiment.name), not quiet
     folder = output or Path("results") / experiment.name
-    with joined_ranks(at) as ranks:
-        study = _run(experiment, begin, folder, ranks, overwrite)
-    if study is not None:
-        _report(experiment, study, folder, quiet)
+    with ExitStack() as held:
+        with joined_ranks(at) as ranks:
+            study = _run(experiment, begin, folder, ranks, overwrite, held)
+        if study is not None:
+            _report(experiment, study, folder, quiet)
 
 
 def _report(experiment: Experiment[Raw], study: Study[Raw], folder: Path, quiet: bool) -> None:
@@ -139,13 +141,15 @@ def _as_typed(name: str) -> str:
     return f"OMP_NUM_THREADS={torch.get_num_threads()} {launcher}"
 
 
-def _run(experiment: Experiment[Raw], begin: Start, output: Path, ranks: Ranks, overwrite: bool) -> Study[Raw] | None:
+def _run(
+    experiment: Experiment[Raw], begin: Start, output: Path, ranks: Ranks, overwrite: bool, held: ExitStack
+) -> Study[Raw] | None:
     if experiment.settings.texts:
-        return run_over_corpus(experiment, begin.model, begin.tokenizer, output, ranks, overwrite)
+        return run_over_corpus(experiment, begin.model, begin.tokenizer, output, ranks, held, overwrite)
     if ranks.world > 1:
         raise ValueError("A prompt runs in one process; torchrun shares the windows of --texts among several.")
     own = [name for name in experiment.files if name != WINDOWS]
-    check_output(output, experiment.settings.to_json(), overwrite, own)
+    held.enter_context(claimed(output, experiment.settings.to_json(), overwrite, own))
     if (output / WINDOWS).exists() and not overwrite:
         raise ValueError(
             f"{output / WINDOWS} holds an unfinished corpus run; choose another --output, or add --overwrite."

@@ -5,9 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from minigpt import Tokenizer
 from minigpt.files import read_json, settle
@@ -89,7 +91,8 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: S
         raise ValueError(f"--output {folder}: {parent} cannot be written; choose another folder.")
     if overwrite or not folder.exists():
         return
-    foreign = [path for path in folder.iterdir() if not any(path.match(pattern) for pattern in (SCRATCH + "*", *own))]
+    own = (SCRATCH + "*", LOCK, *own)
+    foreign = [path for path in folder.iterdir() if not any(path.match(pattern) for pattern in own)]
     if not foreign:
         return
     try:
@@ -102,6 +105,38 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: S
         ) from None
     if found != settings:
         raise ValueError(f"--output {folder} holds a run with other settings; choose another, or add --overwrite.")
+
+
+@contextmanager
+def claimed(folder: Path, settings: dict[str, Any], overwrite: bool, own: Sequence[str]) -> Iterator[None]:
+    """Hold an output folder for this run alone. Raises ValueError as `check_output` and `alone_in` do."""
+    check_output(folder, settings, overwrite, own)
+    with alone_in(folder):
+        check_output(folder, settings, overwrite, own)  # another run may have ended between
+        yield
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where there is none, for this process alone; the lock ends with the process.
+
+    Raises ValueError when another process holds it. A folder that was made here and stays empty is removed.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another run; wait for it, or choose another --output.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # on Windows an open file stays; an unlinked one locks nobody out
+            (folder / LOCK).unlink()
+        lock.release()
+        if created and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -128,5 +163,5 @@ def results_in(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if created and not any(folder.iterdir()):
+        if created and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()

@@ -15,6 +15,7 @@ import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -23,7 +24,7 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.common import MOST_SUMMARY, SUMMARY, check_output, encode_prompt, parse_indices, results_in
+from experiments.common import MOST_SUMMARY, SUMMARY, claimed, encode_prompt, parse_indices, results_in
 from experiments.corpus import BOOTSTRAP, Ranks, Shards, measure_corpus
 from experiments.estimates import Estimates, Row, of_text, of_windows
 from experiments.figures import Figures, save_figures
@@ -228,9 +229,12 @@ def run_over_corpus(
     tokenizer: Tokenizer,
     output: Path,
     ranks: Ranks,
+    held: ExitStack,
     overwrite: bool = False,
 ) -> Study[Raw] | None:
     """Certify, check on the first windows, measure every window, combine; None on all ranks but the first.
+
+    `held` keeps the output folder for this run alone until it is closed: to the end of `write`.
 
     Raises as `run_prompt` does, and ValueError for texts that cannot be read and for windows of other settings.
     """
@@ -240,7 +244,7 @@ def run_over_corpus(
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
 
     def prepare() -> None:
-        check_output(output, settings.to_json(), overwrite, experiment.files)
+        held.enter_context(claimed(output, settings.to_json(), overwrite, experiment.files))
         certificate = certify(settings, model)
         raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
         tried.append((raw, _checked(experiment, model, raw, certificate)))

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.common import alone_in
 from minigpt import cli
 from minigpt.config import GPT2Config
 from minigpt.files import open_tensors, write_atomically, write_tensors, write_text
@@ -278,7 +279,6 @@ def main(
     compile_blocks: Annotated[bool, typer.Option("--compile", help="faster; needs a C++ compiler")] = False,
 ) -> None:
     """Train a tokenizer and a GPT-2 on a folder of text."""
-    output.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(tokens, batch, n_positions, learning_rate, warmup_steps, seed=seed)
     texts = read_corpus(corpus)
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -299,8 +299,9 @@ def main(
         for block in model.blocks:
             block.compile()
     print(f"{len(train_ids)} training tokens, {len(held_out_ids)} held-out tokens, {schedule.steps} steps", flush=True)
-    train(model, train_ids, held_out_ids, schedule, output, settings)
-    export(model, tokenizer, held_out_ids, n_positions, output)
+    with alone_in(output):
+        train(model, train_ids, held_out_ids, schedule, output, settings)
+        export(model, tokenizer, held_out_ids, n_positions, output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -17,6 +18,7 @@ import typer
 from torch import Tensor
 
 from minigpt import hub, parity
+from minigpt.files import printable
 from minigpt.generate import generate
 from minigpt.model import GPT2
 from minigpt.scales import scaled
@@ -149,17 +151,26 @@ def run(command: Callable[[], object]) -> None:
     """Run a command line; a failed check or a user's mistake becomes a sentence and its exit code."""
     rank = os.environ.get("RANK", "0")  # set by torchrun
     who = "" if rank == "0" else f"rank {rank}: "
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
     except parity.CheckError as error:
-        typer.echo(f"{who}Check failed: {error}", err=True)
+        typer.echo(f"{who}Check failed: {printable(str(error))}", err=True)
         sys.exit(1)
     except (ValueError, OSError) as error:
-        typer.echo(f"{who}Error: {error}", err=True)
+        typer.echo(f"{who}Error: {printable(_said(error))}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(f"{who}Interrupted.", err=True)
         sys.exit(130)
+
+
+def _said(error: ValueError | OSError) -> str:
+    """What went wrong; the system's own errors without their number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
 def main() -> None:

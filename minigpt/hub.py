@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -72,13 +74,32 @@ def find(
         raise CheckpointError(f"{name!r} is not a folder; expected a folder, {', '.join(ALIASES)}, or a hub id.")
     repository = ALIASES.get(name, name)
     try:
-        snapshot = snapshot_download(
-            repository, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
-        )
+        with _impatient():
+            snapshot = snapshot_download(
+                repository, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
+            )
     except Exception as error:  # the client and its transfer engine raise many kinds, bare RuntimeError among them
         offline = local_files_only or constants.HF_HUB_OFFLINE
         raise CheckpointError(_explain(error, repository, revision, offline)) from None
     return Found(Path(snapshot), repository, Path(snapshot).name)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Let no request wait for ever: the client sets no limit on some, and a hub that is silent would hold us."""
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.setdefault("timeout", {})
+        for step in ("connect", "read", "write", "pool"):
+            if limits.get(step) is None:
+                limits[step] = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+    hooks = get_session().event_hooks
+    get_session().event_hooks = {**hooks, "request": [*hooks.get("request", []), limit]}
+    try:
+        yield
+    finally:
+        get_session().event_hooks = hooks
 
 
 def _is_folder(name: str) -> bool:
@@ -143,6 +164,7 @@ def _explain(error: Exception, repository: str, revision: str | None, offline: b
             return f"There is no folder and no hub repository {repository}; if it is private, set HF_TOKEN."
         case EntryNotFoundError():
             reason = "offline mode is on" if offline else "the hub cannot be reached"
-            return f"{where} is no folder here and not in the local cache, and {reason}."
+            then = "Give a folder, or download it where there is a network and copy it here."
+            return f"{where} is no folder here and not in the local cache, and {reason}. {then}"
         case _:
             return f"The download of {where} failed ({type(error).__name__}: {reason}); try again, or give a folder."

@@ -1,12 +1,19 @@
 """Text <-> token ids, over the `tokenizers` library."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from minigpt import hub
 from minigpt.config import CheckpointError
+from minigpt.files import check_regular, read_json
+
+MOST_BYTES = 64 * 2**20
+"""Of a tokenizer's file; GPT-2's has 1 to 4 MB."""
 
 
 class Tokenizer:
@@ -27,13 +34,14 @@ class Tokenizer:
         """
         directory = hub.find(name_or_path, revision, local_files_only, hub.TOKENIZER_FILES).directory
         whole, vocab, merges = (directory / name for name in hub.TOKENIZER_FILES)
-        try:
-            if whole.is_file():
+        with _refusing(CheckpointError, f"The tokenizer in {directory} is broken", "Download it again."):
+            if whole.exists():
+                _check(read_json(whole, MOST_BYTES))  # within bounds; the backend would read and recurse without any
                 return cls(tokenizers.Tokenizer.from_file(str(whole)))
-            if vocab.is_file() and merges.is_file():
+            if vocab.exists() and merges.exists():
+                read_json(vocab, MOST_BYTES)
+                check_regular(merges, MOST_BYTES)
                 return cls(_from_vocabulary(vocab, merges))
-        except Exception as error:  # the backend raises bare Exception for every kind of broken file
-            raise CheckpointError(f"The tokenizer in {directory} is broken: {error}. Download it again.") from None
         raise CheckpointError(f"{directory} has no tokenizer.json and no vocab.json with merges.txt.")
 
     @property
@@ -44,13 +52,22 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written out in it, such as <|endoftext|>, become one id.
 
-        Raises ValueError for a text that is not valid Unicode.
+        Raises ValueError for a text that is not valid Unicode, and for one that these ids would not give back:
+        not every tokenizer.json keeps every letter.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"The text is not valid Unicode at character {error.start}: {error.reason}.") from None
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _refusing(ValueError, "This tokenizer cannot encode the text", "Take the one that the model came with."):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        if (again := self.decode(ids)) != text:
+            at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, again, strict=False)))
+            raise ValueError(
+                f"This tokenizer loses something at character {at}: {text[at : at + 20]!r} becomes "
+                f"{again[at : at + 20]!r}; take the one that the model came with."
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -70,6 +87,24 @@ class Tokenizer:
     def tokens(self, ids: list[int]) -> list[str]:
         """The text of each id by itself."""
         return [self.decode([token]) for token in ids]
+
+
+@contextmanager
+def _refusing(kind: type[ValueError], what: str, then: str) -> Iterator[None]:
+    """Turn whatever goes wrong into one kind of error: the backend raises bare Exception, and its panics are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {error}. {then}") from None
+
+
+def _check(parsed: Any) -> None:
+    """Raise ValueError for what makes the backend panic."""
+    model = parsed.get("model") if isinstance(parsed, dict) else None
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
+        raise ValueError("its words have a prefix inside, which a byte-level BPE has not")
 
 
 def _from_vocabulary(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
