@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 DEVICES = ("cpu", "cuda")  # mps has given wrong numbers without a word, and has no float64
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -161,9 +162,11 @@ def run(command: Callable[[], object]) -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"{who}Error: {printable(_said(error))}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as leaving:  # typer makes 130 of an interrupt
+        if isinstance(leaving, SystemExit) and leaving.code != INTERRUPTED:
+            raise
         typer.echo(f"{who}Interrupted.", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _said(error: ValueError | OSError) -> str:
