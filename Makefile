@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup study tour test check bench release-check
+.PHONY: setup study tour test check fuzz bench release-check
 
 setup: $(READY)
 
@@ -37,6 +37,15 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Guided by coverage, for as long as asked; atheris has no build for every system, so it comes only with this.
+SECONDS ?= 60
+.venv/.fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	touch $@
+
+fuzz: .venv/.fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # What must hold before a version is tagged; installs PyTorch once more, in a temporary folder.
 release-check: $(READY)

@@ -157,9 +157,10 @@ def weight_files(directory: Path, repository: str | None = None) -> tuple[Path, 
         shards = sorted({str(shard) for shard in read_json(directory / INDEX, MOST_HEADER)["weight_map"].values()})
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{directory / INDEX} is not an index of shards ({error}); download it again.") from None
-    if outside := [shard for shard in shards if Path(shard).name != shard or "\0" in shard]:
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise CheckpointError(f"{directory / INDEX} names shards outside its folder: {shown(outside)}.")
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    there = {path.name for path in directory.iterdir()}  # a stranger's name may be too strange to ask for
+    missing = [shard for shard in shards if shard not in there]
     if missing or not shards:
         raise CheckpointError(
             f"{directory / INDEX} names shards that are missing: {shown(missing)}; download it again."
