@@ -121,7 +121,7 @@ def _begin(
         "max_bytes": default_max_bytes(at) if texts and max_bytes is None else max_bytes,
         "threads": torch.get_num_threads() if texts and at.type == "cpu" else None,
     }
-    loaded = GPT2.from_pretrained(model, revision, at, cli.pick_dtype(dtype), offline)
+    loaded = cli.admit(GPT2.from_pretrained(model, revision, at, cli.pick_dtype(dtype), offline))
     tokenizer = Tokenizer.from_pretrained(model, revision, offline)
 
     def corpus(shortest: int) -> Texts | None:

@@ -244,9 +244,10 @@ def _inventory(files: tuple[Path, ...], opened: ExitStack) -> tuple[dict[str, tu
 
 
 def _misfit(theirs: str, file: Any, key: str, layout: Layout) -> str | None:
-    expected, stored = layout.get(theirs), file.get_slice(key)
+    expected = layout.get(theirs)
     if expected is None:
         return f"unexpected: {_short(theirs)}"
+    stored = file.get_slice(key)
     if stored.get_shape() != expected.shape:
         return f"wrong shape: {theirs} is {shown(stored.get_shape())}, config.json asks for {expected.shape}"
     if stored.get_dtype() not in _FLOATS:

@@ -1,4 +1,4 @@
-"""The command line: minigpt verify | generate | download.
+"""The command line: minigpt verify | doctor | generate | download.
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 """
@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,7 @@ import typer
 from torch import Tensor
 
 from minigpt import hub, parity
+from minigpt.doctor import Finding, examine
 from minigpt.files import printable
 from minigpt.generate import generate
 from minigpt.model import GPT2
@@ -31,13 +34,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
-DEVICES = ("cpu", "cuda")  # mps has given wrong numbers without a word, and has no float64
+DEVICES = ("cpu", "cuda", "mps")
+TRUSTED = ("cpu", "cuda")
+"""The devices that may be used untried. MPS has given wrong numbers without a word, and has no float64."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, gpt2 | gpt2-medium | ..., or a hub id")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub")]
 Offline = Annotated[bool, typer.Option("--offline", help="use the local cache only")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if present, else cpu")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, mps (tried first, see doctor), or auto: cuda if present, else cpu")
+]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
 
 
@@ -45,14 +52,25 @@ def pick_device(name: str) -> torch.device:
     """A device by name; `auto` is CUDA if present, else the CPU. Raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ValueError(f"The device is {name!r}; expected one of {', '.join(DEVICES)}, or auto.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    if device.type not in DEVICES:
-        raise ValueError(f"The device is {name!r}; expected one of {', '.join(DEVICES)}, or auto.")
     return device
+
+
+def admit(model: GPT2) -> GPT2:
+    """The model, if its device may be used untried or passes `doctor` here and now. Raises CheckError otherwise."""
+    device = model.final_norm.weight.device.type
+    if device not in TRUSTED:
+        off = [finding for finding in examine(model) if finding.passed is False]
+        if off:
+            said = "; ".join(f"{finding.name}: {finding.said}" for finding in off)
+            raise parity.CheckError(f"{device} cannot be believed here, take cpu. {said}")
+    return model
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -98,6 +116,34 @@ def verify(
     raise typer.Exit(0 if certificate.passed else 1)
 
 
+@app.command()
+def doctor(
+    model: ModelName,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Check that the numbers of this very machine can be believed; exit code 1 if something is off."""
+    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
+    findings = list[Finding]()
+    for finding in examine(loaded):
+        findings.append(finding)
+        if not as_json:
+            mark = {True: "ok ", False: "OFF", None: "   "}[finding.passed]
+            typer.echo(f"{mark} {finding.name}: {printable(finding.said)}")
+    tried = [finding for finding in findings if finding.passed is not None]
+    off = [finding.name for finding in tried if not finding.passed]
+    verdict = f"something is off: {', '.join(dict.fromkeys(off))}." if off else f"all {len(tried)} checks hold here."
+    if as_json:
+        said = {"model": model, "findings": [asdict(finding) for finding in findings], "verdict": verdict}
+        typer.echo(json.dumps(said, indent=2))
+    else:
+        typer.echo(f"\n{model}: {verdict}")
+    raise typer.Exit(1 if off else 0)
+
+
 @app.command("generate")
 def generate_command(
     model: ModelName,
@@ -122,7 +168,7 @@ def generate_command(
         raise ValueError("--scale names the same scale twice; give each one once.")
     if temperature == 0 and (top_k, top_p, seed) != (None, None, None):
         raise ValueError("--top-k, --top-p and --seed draw nothing at temperature 0; add --temperature 1.")
-    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
+    loaded = admit(GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline))
     tokenizer = Tokenizer.from_pretrained(model, revision, offline)
     ids = tokenizer.encode(prompt)
     with scaled(loaded, scales):
@@ -146,6 +192,18 @@ def download(
     if found.repository is None:
         raise ValueError(f"{model} is a folder already; nothing to download.")
     typer.echo(f"{found.repository} at commit {found.commit} is in {found.directory}")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"minigpt {version('minigpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and leave")] = False,
+) -> None: ...
 
 
 def run(command: Callable[[], object]) -> None:

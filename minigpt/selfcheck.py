@@ -16,8 +16,8 @@ from minigpt.scales import scale_name, scaled
 from minigpt.sweep import Sweep, sweep
 
 JUMP_ROUNDINGS = 4
-"""The jump at the site may be off by this many roundings of the parameters' type, relative to the scaled stream:
-s * x is rounded once per element; the difference and its norm, always float64, add as much again for float64 models."""
+"""The jump at the site may be off by this many roundings: s * x is rounded once per element in the parameters' type;
+the difference and its norm, always float64, are rounded as much again, relative to the difference."""
 CELL_ROUNDINGS = 80
 """A cell of the pass may differ from the same cell alone by this many roundings, relative (1e-5 in float32): matrix
 products over another number of rows add up in another order."""
@@ -107,7 +107,9 @@ def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
     factors = torch.stack([_applied(result, factor) for factor in as_applied])[:, None]  # [factor, 1, position]
     norm = result.statistics.clean[torch.tensor(result.layers) + 1].sqrt()[:, None]
     departure = (_at_site(result, result.statistics.difference).sqrt() - (factors - 1).abs() * norm).abs()
-    relative = departure / (norm * factors.abs().clamp_min(rounding))
+    in_float64 = torch.finfo(torch.float64).eps / rounding
+    allowed = norm * (factors.abs() + (factors - 1).abs() * in_float64)
+    relative = departure / allowed.clamp_min(torch.finfo(torch.float64).tiny)
     error = float(relative.where(_real(result), 0.0).max())
     return Check("the jump at the site is |s - 1| times the stream's norm", error <= JUMP_ROUNDINGS * rounding, error)
 

@@ -21,6 +21,7 @@ ORDER = (
     ("sweep",),
     ("selfcheck", "interventions", "sensitivity"),
     ("parity",),
+    ("doctor",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
