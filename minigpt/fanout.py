@@ -374,11 +374,16 @@ def _whole(part: Pass) -> Generator[Place, None, bool]:
     """The places of a pass; returns whether the memory was enough for them."""
     try:
         yield from part.places()
-    except (MemoryError, RuntimeError) as error:  # CUDA has a type of its own, a RuntimeError; CPUs have none
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         return False
     return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA has a RuntimeError of its own for it, CPUs have only words."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
 
 
 def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: int) -> int:

@@ -4,14 +4,14 @@
 it; the runs are rows of one batch, for a scale can hold a value per row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minigpt.divergence import Statistics, inner_products, squared_norms
-from minigpt.fanout import rows_at_once
+from minigpt.fanout import is_out_of_memory, logger, rows_at_once
 from minigpt.model import GPT2
 from minigpt.predictions import Predictions, predict
 from minigpt.scales import scale_names, scaled, scales_not_one
@@ -45,8 +45,8 @@ def compare(
     """Run texts clean and under every intervention, and keep numbers per position.
 
     `ids` are texts as `sweep` takes them. A few runs form a batch, at most `max_bytes` large, each batch with its own
-    clean row, so that what is compared stood in the same products. `predictions` asks for the next-token
-    distributions, which take the unembedding.
+    clean row, so that what is compared stood in the same products; one that runs out of memory is halved and run
+    again, as in `sweep`. `predictions` asks for the next-token distributions, which take the unembedding.
 
     Raises ValueError for no intervention, for an unknown scale, for a shape that does not fit, for a model whose
     scales are not 1, for a stream that overflows, and when `max_bytes` is too little for one run beside the clean one.
@@ -61,11 +61,29 @@ def compare(
         )
     device = model.final_norm.weight.device
     at_once = rows_at_once(model, ids.numel(), max_bytes, least=2) - 1
-    parts = [
-        _Part.run(model, ids.to(device), lengths, interventions[start : start + at_once], predictions)
-        for start in range(0, len(interventions), at_once)
-    ]
+
+    def run(some: Sequence[Intervention]) -> _Part:
+        return _Part.run(model, ids.to(device), lengths, some, predictions)
+
+    chunks = [interventions[start : start + at_once] for start in range(0, len(interventions), at_once)]
+    parts = [part for chunk in chunks for part in _in_memory(run, chunk)]
     return _join(model, parts, interventions, lengths)
+
+
+def _in_memory(run: Callable[[Sequence[Intervention]], "_Part"], some: Sequence[Intervention]) -> list["_Part"]:
+    """Run some interventions together, and in halves where memory runs out, which a warning says."""
+    try:
+        return [run(some)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(some) == 1:
+        raise ValueError("The memory is too little for one intervention beside the clean run; shorten the texts.")
+    logger.warning(
+        "Out of memory with %d interventions beside the clean run; they are halved and run again.", len(some)
+    )
+    half = len(some) // 2
+    return _in_memory(run, some[:half]) + _in_memory(run, some[half:])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Interventions of any scales, beside runs of their own."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,23 @@ def test_a_mistake_is_a_sentence(model: GPT2, edit: list[dict[str, float]], said
 def test_a_model_that_is_not_clean_is_refused(model: GPT2) -> None:
     with scaled(model, {"blocks.0.mlp_scale": 0.5}), pytest.raises(ValueError, match="to be 1"):
         compare(model, TEXTS, [{"blocks.1.mlp_scale": 0.0}])
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved_and_gives_the_same(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, whole, most = compare(model, TEXTS, edits()), interventions._Part.run, [1]
+
+    def run(*arguments: Any) -> interventions._Part:
+        if len(arguments[3]) > most[0]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return whole(*arguments)
+
+    monkeypatch.setattr(interventions._Part, "run", run)
+    found = compare(model, TEXTS, edits())
+    torch.testing.assert_close(found.statistics.difference, expected.statistics.difference, **SAME)
+    torch.testing.assert_close(found.steps, expected.steps, **SAME)
+    assert [record.args for record in caplog.records] == [(3,), (2,)]
+    most[0] = 0
+    with pytest.raises(ValueError, match="too little for one intervention"):
+        compare(model, TEXTS, edits())
