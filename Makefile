@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup study tour test check fuzz bench release-check
+.PHONY: setup study tour test check fuzz mutants bench release-check
 
 setup: $(READY)
 
@@ -21,7 +21,7 @@ tour: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m marimo run experiments/tour.py --host 127.0.0.1
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=minigpt
 
 # The peers bring many packages: they get an environment of their own.
 .venv-bench/.ready: pyproject.toml constraints.txt
@@ -46,6 +46,14 @@ SECONDS ?= 60
 
 fuzz: .venv/.fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+# An hour: every mutant of the numerical core against the tests.
+.venv/.mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	touch $@
+
+mutants: .venv/.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # What must hold before a version is tagged; installs PyTorch once more, in a temporary folder.
 release-check: $(READY)

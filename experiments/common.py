@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minigpt import Tokenizer
-from minigpt.files import read_json, settle
+from minigpt.files import naming, read_json, settle
 
 SUMMARY = "summary.json"
 MOST_SUMMARY = 64 * 2**20
@@ -152,13 +152,14 @@ def results_in(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
-        yield scratch
+        with naming(folder, scratch):
+            yield scratch
+            for file in scratch.iterdir():
+                settle(file)
         for old in (folder / SUMMARY, *(path for pattern in patterns for path in folder.glob(pattern))):
             if old.is_dir():
                 shutil.rmtree(old)
             old.unlink(missing_ok=True)
-        for file in scratch.iterdir():
-            settle(file)
         for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
             file.replace(folder / file.name)
     finally:

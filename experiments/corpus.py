@@ -170,7 +170,7 @@ class Shards:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*"):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         text = json.dumps(self.settings, indent=2) + "\n"
         write_text(described, text)
         return self.finished()

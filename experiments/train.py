@@ -25,7 +25,7 @@ from tqdm import tqdm
 from experiments.common import alone_in
 from minigpt import cli
 from minigpt.config import GPT2Config
-from minigpt.files import open_tensors, write_atomically, write_tensors, write_text
+from minigpt.files import open_tensors, write_tensors, write_text
 from minigpt.model import GPT2
 from minigpt.parity import save_reference
 
@@ -178,8 +178,15 @@ def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, losses: li
 def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> list[float]:
     """Take up a saved state; returns the losses so far, one for each step done.
 
-    Raises ValueError when the state was written by a run with other settings.
+    Raises ValueError when the state was written by a run with other settings, or is broken.
     """
+    try:
+        return _read_state(path, model, optimizer, settings)
+    except (RuntimeError, TypeError) as error:  # of another shape
+        raise ValueError(f"{path} is broken ({error}); remove it to start anew.") from None
+
+
+def _read_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> list[float]:
     with open_tensors(path) as file:
         found = (file.metadata() or {}).get("settings")
         if found != settings:
@@ -235,7 +242,7 @@ def export(model: GPT2, tokenizer: tokenizers.Tokenizer, held_out_ids: Tensor, w
     lines = [f"{step},{loss}" for step, loss in enumerate(losses, start=1)]
     text = "\n".join(["step,nats_per_token", *lines]) + "\n"
     write_text(output / "losses.csv", text)
-    write_atomically(output / "tokenizer.json", lambda file: tokenizer.save(str(file)))
+    write_text(output / "tokenizer.json", tokenizer.to_str(pretty=True))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     text = json.dumps({**about, "model_max_length": window}, indent=2) + "\n"
     write_text(output / "tokenizer_config.json", text)

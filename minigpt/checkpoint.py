@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.config import CheckpointError, GPT2Config
-from minigpt.files import MOST_HEADER, open_tensors, read_json, shown, write_tensors, write_text
+from minigpt.files import MOST_HEADER, open_tensors, read_json, shown, write_together
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ORIGIN = "origin.json"  # which repository and commit a downloaded folder holds
 MOST_PROBLEMS = 20
 """Of a checkpoint, that an error lists; the others it counts."""
@@ -261,7 +262,7 @@ def _short(name: str) -> str:
 
 
 def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
-    """Write a state dict in Hugging Face's layout: model.safetensors, then config.json, each whole.
+    """Write a state dict in Hugging Face's layout: model.safetensors and config.json, both or none.
 
     Raises ValueError when a scale is not 1, and CheckpointError when the folder cannot be written.
     """
@@ -279,14 +280,12 @@ def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
             tensors[prefix + theirs] = (tensor.t() if stored.conv1d else tensor).contiguous()
     dtype = str(state["token_embedding.weight"].dtype).removeprefix("torch.")
     text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
+    files: dict[str, Callable[[Path], object]] = {
+        WEIGHTS: lambda file: save_file(tensors, file, {"format": "pt"}),
+        CONFIG: lambda file: file.write_text(text, encoding="utf-8"),
+    }
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ORIGIN).unlink(missing_ok=True)  # these weights are no longer the hub's
-        described = directory / "config.json"
-        if described.exists() and described.read_bytes() != text.encode():
-            described.unlink()  # a kill from here on leaves no weights beside another model's config
-        write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
-        write_text(described, text)
+        write_together(directory, files, key=CONFIG, stale=[ORIGIN])  # these weights are no longer the hub's
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}.") from None
 

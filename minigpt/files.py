@@ -1,14 +1,16 @@
 """Files of strangers, read within bounds; files of our own, written whole or not at all."""
 
+import filecmp
 import json
 import os
 import re
 import reprlib
+import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file to read tensors from, mapped into memory: safetensors' `safe_open`.
 
     Its header is read first, within `MOST_HEADER`. Raises OSError when the file cannot be read and ValueError when
-    it is not a whole safetensors file.
+    it is not a whole safetensors file, or lacks what the body asks for.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -107,20 +109,15 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again.") from None
     with opened as tensors:
-        yield tensors
+        try:
+            yield tensors
+        except SafetensorError as error:  # a name that is not there, for one
+            raise ValueError(str(error)) from None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole, or not at all. Raises OSError when it cannot be written."""
-
-    def write(file: Path) -> None:
-        try:
-            save_file(tensors, file, metadata)
-        except SafetensorError as error:  # it reports a full disk so
-            reason = re.sub(r" \(os error (\d+)\)$", "", str(error).rpartition("I/O error: ")[2])
-            raise OSError(None, reason, str(path)) from None
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,20 +128,76 @@ def write_text(path: Path, text: str) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Give `write` a temporary file beside `path`, then move it into place: whole, or not at all.
 
-    What an earlier process of this machine, which is gone, was writing there is removed first.
+    What an earlier process of this machine, which is gone, was writing there is removed first. Raises OSError that
+    names `path` when it cannot be written.
     """
-    _remove_abandoned(path)
-    mark = f"{_mark(path)}{os.getpid()}-"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=mark, suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    with _finished(path, write) as finished:
+        _move(finished, path)
+
+
+def write_together(
+    folder: Path, files: Mapping[str, Callable[[Path], object]], key: str, stale: Iterable[str] = ()
+) -> None:
+    """Write files of one folder that mean something only together: all of them, or none.
+
+    All are finished under temporary names before the first is moved. Without the file `key` the others are nothing:
+    where there is more than one change, it leaves first and arrives last, so that nobody takes a mixture for either.
+    Files that are `stale` leave as well. Raises OSError as `write_atomically` does.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        write(temporary)
-        settle(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        with ExitStack() as kept:
+            finished = {name: kept.enter_context(_finished(folder / name, files[name])) for name in files}
+            gone = [folder / name for name in stale if (folder / name).exists()]
+            if len(gone) + sum(not _same(finished[name], folder / name) for name in files) > 1:
+                (folder / key).unlink(missing_ok=True)
+                _sync(folder)
+            for path in gone:
+                path.unlink(missing_ok=True)
+            for name in sorted(files, key=lambda name: name == key):
+                _move(finished[name], folder / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextmanager
+def _finished(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """A finished file of that name in a temporary folder beside it: those who write may use others on their way."""
+    _remove_abandoned(path)
+    with naming(path):
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_mark(path)}{os.getpid()}-"))
+    try:
+        with naming(path, scratch):
+            write(scratch / path.name)
+            settle(scratch / path.name)
+        yield scratch / path.name
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _move(finished: Path, path: Path) -> None:
+    finished.replace(path)
+    _sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Let an OSError name a path, where it names none, or one within `scratch`, which nobody knows of."""
+    try:
+        yield
+    except SafetensorError as error:  # it reports a full disk so
+        reason = re.sub(r" \(os error (\d+)\)$", "", str(error).rpartition("I/O error: ")[2])
+        raise OSError(None, reason, str(path)) from None
+    except OSError as error:
+        if scratch and error.filename is not None and not Path(error.filename).is_relative_to(scratch):
+            raise  # of what is read
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def settle(path: Path) -> None:
@@ -168,12 +221,12 @@ def _mark(path: Path) -> str:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of a path whose process is gone."""
+    """Remove the temporary folders of a path whose process is gone."""
     mark = _mark(path)
-    for leftover in [file for file in path.parent.iterdir() if file.name.startswith(mark)]:
+    for leftover in [folder for folder in path.parent.iterdir() if folder.name.startswith(mark)]:
         process = leftover.name.removeprefix(mark).partition("-")[0]
         if process.isdecimal() and not _runs(int(process)):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:

@@ -1,8 +1,11 @@
 """A name -> a local directory. huggingface_hub does the download, the cache, the offline mode, the token."""
 
+import errno
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,10 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
-from minigpt.checkpoint import ORIGIN
+from minigpt.checkpoint import CONFIG, ORIGIN
 from minigpt.config import CheckpointError
-from minigpt.files import read_json, write_atomically, write_text
+from minigpt.files import read_json, write_together
 
 ALIASES = {
     "gpt2": "openai-community/gpt2",
@@ -40,6 +44,7 @@ FILES = (
     "tokenizer_config.json",
     *TOKENIZER_FILES,
 )
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class Found(NamedTuple):
@@ -61,8 +66,8 @@ def find(
     A directory is used as it is and never touches the network. Anything else is a short name
     (`gpt2`, ...) or a hub id: `files` of it are downloaded into huggingface_hub's cache.
 
-    Raises CheckpointError when there is no such directory, repository or revision, when access is
-    gated, or when the hub cannot be reached and the cache does not hold the files.
+    Raises CheckpointError when there is no such directory, repository or revision, when access is gated, when
+    the hub cannot be reached and the cache does not hold the files, or when a file is not as it was announced.
     """
     name = str(name_or_path)
     if _is_folder(name):
@@ -73,6 +78,7 @@ def find(
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name!r} is not a folder; expected a folder, {', '.join(ALIASES)}, or a hub id.")
     repository = ALIASES.get(name, name)
+    known = {announced for file in _cached(repository) if (announced := _announced(file))}
     try:
         with _impatient():
             snapshot = snapshot_download(
@@ -81,6 +87,10 @@ def find(
     except Exception as error:  # the client and its transfer engine raise many kinds, bare RuntimeError among them
         offline = local_files_only or constants.HF_HUB_OFFLINE
         raise CheckpointError(_explain(error, repository, revision, offline)) from None
+    finally:
+        wrong = [file.name for file in _cached(repository) if _announced(file) not in known and not _is_right(file)]
+    if wrong:
+        raise CheckpointError(_altered(repository, wrong))
     return Found(Path(snapshot), repository, Path(snapshot).name)
 
 
@@ -102,6 +112,47 @@ def _impatient() -> Iterator[None]:
         get_session().event_hooks = hooks
 
 
+def _cached(repository: str) -> list[Path]:
+    """The files of a repository in the client's cache; none of what can be no repository."""
+    try:
+        folder = repo_folder_name(repo_id=repository, repo_type="model")
+    except HFValidationError:
+        return []
+    return sorted(Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*/*"))
+
+
+def _announced(file: Path) -> str | None:
+    """The sha256 that the hub announced of a large file in the cache: the name of the blob that it links to."""
+    name = file.readlink().name if file.is_symlink() else ""
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
+
+
+def _is_right(file: Path, copy: Path | None = None) -> bool:
+    """Whether a file in the cache, or a copy of it, has the sha256 that was announced; if not, the cache forgets it.
+
+    The client itself counts bytes and does not compare them.
+    """
+    announced = _announced(file)
+    if announced is None or not file.exists():
+        return True
+    with (copy or file).open("rb") as stream:
+        right = hashlib.file_digest(stream, "sha256").hexdigest() == announced
+    if not right:
+        (file.parent.parent.parent / "blobs" / announced).unlink(missing_ok=True)
+        file.unlink()
+    return right
+
+
+def _altered(repository: str, names: Iterable[str]) -> str:
+    return f"{', '.join(names)} of {repository} did not arrive as the hub announced it (another sha256); try again."
+
+
+def _copy(repository: str, file: Path, to: Path) -> None:
+    shutil.copyfile(file, to)
+    if not _is_right(file, to):
+        raise CheckpointError(_altered(repository, [file.name]))
+
+
 def _is_folder(name: str) -> bool:
     try:
         return bool(name) and Path(name).expanduser().is_dir()
@@ -119,16 +170,12 @@ def download(name: str, to: Path, revision: str | None = None) -> Found:
         raise CheckpointError(f"{name} is a folder already; expected {', '.join(ALIASES)}, or a hub id.")
     if _is_folder(str(to)) and _matching(to) and _origin(to)[0] != found.repository:
         raise CheckpointError(f"{to} holds a checkpoint that is not {found.repository}; choose another folder.")
+    origin = json.dumps({"repository": found.repository, "commit": found.commit}, indent=2) + "\n"
+    files: dict[str, Callable[[Path], object]] = {ORIGIN: lambda file: file.write_text(origin, encoding="utf-8")}
+    files |= {file.name: partial(_copy, found.repository, file) for file in _matching(found.directory)}
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        (to / ORIGIN).unlink(missing_ok=True)
-        kept = _matching(found.directory)
-        for file in kept:
-            write_atomically(to / file.name, partial(shutil.copyfile, file))
-        for stale in {file.name for file in _matching(to)} - {file.name for file in kept}:
-            (to / stale).unlink()
-        origin = json.dumps({"repository": found.repository, "commit": found.commit}, indent=2) + "\n"
-        write_text(to / ORIGIN, origin)
+        stale = {file.name for file in _matching(to)} - files.keys() if to.exists() else set()
+        write_together(to, files, key=CONFIG, stale=stale)
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written: {error.strerror or error}.") from None
     return Found(to, found.repository, found.commit)
@@ -167,4 +214,6 @@ def _explain(error: Exception, repository: str, revision: str | None, offline: b
             then = "Give a folder, or download it where there is a network and copy it here."
             return f"{where} is no folder here and not in the local cache, and {reason}. {then}"
         case _:
-            return f"The download of {where} failed ({type(error).__name__}: {reason}); try again, or give a folder."
+            disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+            then = f"look at the cache, {constants.HF_HUB_CACHE}, and try again" if disk else "try again"
+            return f"The download of {where} failed ({type(error).__name__}: {reason}); {then}, or give a folder."

@@ -15,7 +15,7 @@ from minigpt.fanout import Cell, Grid, Place, plan, run_passes
 from minigpt.files import open_tensors, write_tensors
 from minigpt.model import GPT2
 from minigpt.predictions import Predictions
-from minigpt.scales import Site
+from minigpt.scales import Site, check_site
 
 DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
 """0.5 to 1.5 in steps of 0.05."""
@@ -103,9 +103,22 @@ class Sweep:
                 tensors = [file.get_tensor(name) for name in _TENSORS]
                 predictions = [_read_predictions(file, prefix) for prefix in _PREDICTIONS]
                 statistics = Statistics(settings["layers"], *tensors, *predictions)
-                return cls(**settings, ids=file.get_tensor("ids"), statistics=statistics)
+                loaded = cls(**settings, ids=file.get_tensor("ids"), statistics=statistics)
+                loaded._check_shapes()
+                return loaded
         except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved sweep ({error}); expected a file written by Sweep.save.") from None
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError unless every tensor has the shape that the grid asks for, as those of a file may not."""
+        check_site(self.site)
+        found, places = self.statistics, tuple(self.statistics.clean.shape)
+        cells = (len(self.layers), len(self.factors), *places)
+        expected = {"difference": cells, "scaled": cells, "inner": cells, "written": (len(WRITTEN), *cells)}
+        expected["lengths"] = places[1:2]
+        wrong = [name for name, shape in expected.items() if tuple(getattr(found, name).shape) != shape]
+        if wrong or len(places) != 3 or tuple(self.ids.shape) != places[1:]:
+            raise ValueError(f"{', '.join(wrong or ['ids'])} of another shape than its grid")
 
 
 _TENSORS = ("difference", "scaled", "inner", "clean", "lengths", "written")
@@ -114,10 +127,9 @@ _SETTINGS = ("site", "layers", "heads", "factors", "positions")
 
 
 def _read_predictions(file: Any, prefix: str) -> Predictions | None:
-    names = [field.name for field in fields(Predictions)]
-    if f"{prefix}.{names[0]}" not in file.keys():  # noqa: SIM118  a file of tensors, no dict
+    if not any(key.startswith(f"{prefix}.") for key in file.keys()):  # noqa: SIM118  a file of tensors, no dict
         return None
-    return Predictions(*(file.get_tensor(f"{prefix}.{name}") for name in names))
+    return Predictions(*(file.get_tensor(f"{prefix}.{field.name}") for field in fields(Predictions)))
 
 
 def _frozen(value: Any) -> Any:

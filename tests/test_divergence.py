@@ -1,6 +1,7 @@
 """The measures: identities that hold whatever the streams are."""
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -120,6 +121,14 @@ def test_nothing_is_left_of_a_stream_that_was_scaled_to_0(model: GPT2, ids: torc
             assert statistics.measure(name, "rest")[:, :, :-1].isfinite().all(), name
 
 
+@pytest.mark.parametrize(("of_clean", "of_changed"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_stream_of_zeros_has_no_direction(of_clean: float, of_changed: float) -> None:
+    clean, changed = streams(0)
+    statistics = statistics_of(of_clean * clean, of_changed * changed)
+    assert (statistics.cosine(EVERY) == 0).all()
+    torch.testing.assert_close(statistics.gauge_free(EVERY), torch.ones(1, 1, 5, 1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("positions", POSITION_SETS)
@@ -141,6 +150,58 @@ def test_carried_and_written_add_up(
         torch.testing.assert_close(parts[entry, :, 1:-1][:, blocks], cosine * norm, rtol=1e-9, atol=1e-9)
         assert not value["written"][entry, :, : layer + 2].any()
         assert (norm > 0).all()
+    for name in ("written", "alignment"):
+        assert value[name][:, :, :-1].isfinite().all()
+        assert value[name][:, :, -1].isnan().all(), "no block stands between the last depth and `final`"
+
+
+def of_writes(carried: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor) -> Statistics:
+    """Statistics of one text, [position, n_embd], whose block 1 carries a difference and writes so much otherwise."""
+    pairs = ((attention, attention), (mlp, mlp), (attention, mlp), (carried, attention), (carried, mlp))
+    norms = squared_norms(carried).expand(1, 1, 4, 1, -1)
+    written = torch.stack([inner_products(x, y) for x, y in pairs])[:, None, None, None, None].expand(
+        -1, 1, 1, 4, 1, -1
+    )
+    return Statistics((0,), norms, norms, norms, norms[0, 0], torch.tensor([len(carried)]), written)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_cosine_leaves_its_range_by_a_rounding(sign: int) -> None:
+    x = torch.randn(300, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parallel = sign * x / 3
+    raw = inner_products(x, parallel) / (squared_norms(x) * squared_norms(parallel)).sqrt()
+    assert raw.abs().max() > 1, "the rounding that is meant"
+    streams_of = statistics_of(x[None, None], parallel[None, None])
+    writes = of_writes(x, parallel, torch.zeros_like(x))
+    cosines = [streams_of.cosine(torch.tensor([position]))[0, 0, 0, 0] for position in range(300)]
+    cosines += [writes.alignment(torch.tensor([position]))[0, 0, 2, 0] for position in range(300)]
+    assert torch.stack(cosines).abs().max() == 1
+    assert torch.stack(cosines).mul(sign).min() > 1 - 1e-12
+
+
+def test_sublayers_that_undo_each_other_write_nothing() -> None:
+    a = torch.randn(300, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    statistics = of_writes(a, a, -a * (1 + 1e-12))
+    norms = torch.stack([statistics.written_norm(torch.tensor([position]))[0, 0, 2, 0] for position in range(300)])
+    assert norms.max() < 1e-6, "the root of a sum of squares that cancel"
+
+
+def test_writes_that_were_kept_otherwise_are_not_read_as_these() -> None:
+    x = torch.ones(6, 12, dtype=torch.float64)
+    statistics = of_writes(x, x, x)
+    assert statistics.written is not None
+    with pytest.raises(ValueError, match="zip"):
+        replace(statistics, written=statistics.written[:4]).written_norm(EVERY)
+    with pytest.raises(ValueError, match="not kept"):
+        replace(statistics, written=None).written_norm(EVERY)
+
+
+def test_what_was_measured_is_not_exchanged_by_accident(model: GPT2, ids: torch.Tensor) -> None:
+    result = sweep(model, ids, (1,), (0.5,))
+    with pytest.raises(FrozenInstanceError):
+        result.statistics.difference = result.statistics.scaled  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        result.factors = (2.0,)  # type: ignore[misc]
 
 
 def test_what_a_sublayer_writes_otherwise_is_what_its_module_returns_otherwise(model: GPT2, ids: torch.Tensor) -> None:
@@ -201,6 +262,32 @@ def test_kl_is_0_after_the_last_block_up_to_the_norms_epsilon(
     assert kl(1.0) > 1e-6, "the epsilon is what is left"
 
 
+@pytest.mark.parametrize(("positions", "kept"), [("all", slice(None)), ("first", slice(1)), ("rest", slice(1, None))])
+def test_measures_of_predictions_are_means_over_the_positions_of_each_text(
+    model: GPT2, ids: torch.Tensor, positions: PositionSet, kept: slice
+) -> None:
+    texts = [ids[0].tolist(), ids[1, :6].tolist()]
+    statistics = sweep(model, texts, (1,), (0.3,), predictions=True).statistics
+    for row, text in enumerate(map(torch.tensor, texts)):
+        with torch.no_grad():
+            clean = model(text[None])[0]
+            with scaled(model, {"blocks.1.output_scale": 0.3}):
+                changed = model(text[None])[0]
+        p, q = clean.log_softmax(-1), changed.log_softmax(-1)
+        before, after = (-x[:-1].gather(1, text[1:, None])[:, 0] for x in (p, q))  # the last token has no next one
+        expected = {
+            "kl": (p.exp() * (p - q)).sum(-1),
+            "loss_change": after - before,
+            "changed": (p.argmax(-1) != q.argmax(-1)).double(),
+            "correlation": torch.stack([torch.stack(pair).corrcoef()[0, 1] for pair in zip(p, q, strict=True)]),
+        }
+        for name in OF_PREDICTIONS:
+            found = statistics.measure(name, positions)[0, 0, :, row]
+            torch.testing.assert_close(found[-1], expected[name][kept].mean(), rtol=1e-9, atol=1e-9)
+            assert found[:-1].isnan().all(), "they exist at `final` only"
+    assert 0 < statistics.measure("changed", "all")[0, 0, -1].min() < 1
+
+
 def test_passive_is_the_jump_over_the_streams_norm(small: Callable[..., GPT2], ids: torch.Tensor) -> None:
     result = sweep(small(), ids, (1,), (0.5, 1.5))
     statistics = result.statistics
@@ -220,6 +307,13 @@ def test_large_values_keep_small_differences() -> None:
 def test_a_single_token_has_no_rest(model: GPT2) -> None:
     statistics = sweep(model, torch.tensor([[3]]), (1,), (0.5,)).statistics
     assert (statistics.measure("frobenius", "all")[:, :, 2:] > 0).all()
+    with pytest.raises(ValueError, match="one token"):
+        statistics.measure("frobenius", "rest")
+
+
+def test_a_single_token_beside_a_longer_text_has_no_rest_either(model: GPT2) -> None:
+    statistics = sweep(model, [[3], [3, 4, 5]], (1,), (0.5,)).statistics
+    assert (statistics.measure("frobenius", "first")[:, :, 2:] > 0).all()
     with pytest.raises(ValueError, match="one token"):
         statistics.measure("frobenius", "rest")
 

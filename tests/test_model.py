@@ -32,6 +32,24 @@ def test_depth_0_is_the_embeddings_and_each_depth_is_its_block_of_the_one_before
         assert torch.equal(residuals[layer + 1], block(residuals[layer]))
 
 
+def test_an_embedding_is_the_tokens_plus_that_of_its_position(model: GPT2, ids: Tensor) -> None:
+    tokens, positions = model.token_embedding.weight, model.position_embedding.weight
+    embedded = model.embed(ids)
+    for t in range(10):
+        assert torch.equal(embedded[:, t], tokens[ids[:, t]] + positions[t])
+        assert torch.equal(model.embed(ids[:, [t]], start=t), embedded[:, [t]])
+
+
+@pytest.mark.parametrize(("by_width", "width"), [(True, math.sqrt(12)), (False, 1.0)])
+@pytest.mark.parametrize(("by_layer", "numbers"), [(True, [1, 2, 3, 4]), (False, [1, 1, 1, 1])])
+def test_scores_are_divided_as_the_config_asks(
+    small: Callable[..., GPT2], by_width: bool, width: float, by_layer: bool, numbers: list[int]
+) -> None:
+    model = small(scale_attn_weights=by_width, scale_attn_by_inverse_layer_idx=by_layer)
+    found = [block.attention.score_scale for block in model.blocks]
+    assert found == pytest.approx([1 / (width * number) for number in numbers])
+
+
 @torch.no_grad()
 def departure_of_patterns(model: GPT2, ids: Tensor) -> float:
     """Largest difference between patterns @ values, projected, and what the fused attention writes."""

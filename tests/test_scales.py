@@ -1,5 +1,6 @@
 """What a scale does, to the bit: the five facts that hold for any weights, and `scaled` itself."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from minigpt import GPT2, GPT2Config, scaled
-from minigpt.scales import scale_names, scales_not_one
+from minigpt.scales import SITES, check_site, scale_name, scale_names, scales_not_one
 from tests.conftest import SMALL, TINY, draw
 
 EPSILON_DEPARTURE = 1e-5
@@ -141,7 +142,19 @@ def test_an_unknown_name_lists_the_nearest(model: GPT2) -> None:
         pass
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2), (2, 10, 7)])
+def test_as_many_near_names_are_listed_as_a_block_has_scales(model: GPT2) -> None:
+    with pytest.raises(ValueError, match="no scale") as refused, scaled(model, {"blocks.7.output_scale": 0.5}):
+        pass
+    assert sum(name in str(refused.value) for name in scale_names(model.config)) == 4
+
+
+def test_a_site_is_known_by_its_letters_as_one_read_from_a_file_is() -> None:
+    read = json.loads('["output", "attention", "mlp", "head"]')
+    assert tuple(map(check_site, read)) == SITES
+    assert [scale_name(2, site) for site in read] == scale_names(GPT2Config(**SMALL))[8:12]
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2), (1, 1, 1, 1), (2, 10, 7)])
 def test_a_shape_that_cannot_broadcast_is_refused(model: GPT2, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="broadcasts"), scaled(model, {"blocks.2.output_scale": torch.ones(shape)}):
         pass
@@ -154,8 +167,10 @@ def test_a_value_that_is_no_number_is_refused(model: GPT2) -> None:
 
 def test_scales_not_one_finds_them_all(model: GPT2) -> None:
     assert not scales_not_one(model)
-    with scaled(model, {"blocks.2.output_scale": 0.5, "blocks.0.attention.head_scale": torch.tensor([1, 0, 1])}):
-        assert set(scales_not_one(model)) == {"blocks.2.output_scale", "blocks.0.attention.head_scale"}
+    heads = torch.tensor([1, 0, 1])
+    changed = {"blocks.2.output_scale": 0.5, "blocks.1.mlp_scale": 2.0, "blocks.0.attention.head_scale": heads}
+    with scaled(model, changed):
+        assert set(scales_not_one(model)) == set(changed)
 
 
 @pytest.mark.parametrize("name", scale_names(GPT2Config(**SMALL)))

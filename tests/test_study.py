@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 
 from experiments import claims, divergence, runner, train
 from experiments.common import parse_indices, parse_numbers, results_in
@@ -21,6 +22,7 @@ from experiments.estimates import Estimate, Estimates, of_text
 from experiments.verdicts import Decision, Verdict
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.divergence import Statistics, inner_products, squared_norms
+from minigpt.files import open_tensors
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -575,6 +577,22 @@ def test_a_training_with_other_settings_is_refused(run_train: Run, corpus: Path,
     train_in(run_train, corpus, tmp_path / "out", 3)
     code, _, err = run_train("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
     assert (code, "other settings" in err) == (2, True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0{}", None])
+def test_a_broken_state_is_a_sentence(run_train: Run, corpus: Path, tmp_path: Path, content: bytes | None) -> None:
+    """Empty, without anything in it, and with everything but of another shape."""
+    arguments = ("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 3 * 64, *TRAINING)
+    assert run_train(*arguments)[0] == 0
+    state = tmp_path / "out" / train.STATE_FILE
+    if content is None:
+        with open_tensors(state) as file:
+            about, tensors = file.metadata(), {name: file.get_tensor(name)[:1] for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, state, about)
+    else:
+        state.write_bytes(content)
+    code, _, err = run_train(*arguments)
+    assert (code, err.count("\n"), str(state) in err) == (2, 1, True)
 
 
 def test_a_corpus_without_text_is_refused(run_train: Run, tmp_path: Path) -> None:

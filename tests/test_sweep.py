@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minigpt.divergence import MEASURES, POSITION_SETS
 from minigpt.fanout import Grid, Pass, Place, estimate_bytes, free_bytes, plan
 from minigpt.scales import SITES, Site, scale_name
 from minigpt.selfcheck import rounding_errors, self_check
-from minigpt.sweep import DEFAULT_FACTORS, padded
+from minigpt.sweep import DEFAULT_FACTORS, StreamOverflowError, padded
 from tests.conftest import ROOT, SMALL
 
 FACTORS = (0.5, 1.0, 1.5, -2.0)
@@ -289,13 +290,34 @@ def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[
     assert max(error.error for error in rounding_errors(exact, sweep(exact, texts, (0,), (0.5,), "output"))) < 1e-5
 
 
+@pytest.mark.parametrize("site", ["output", "head"])
+def test_the_part_of_some_layers_is_what_a_sweep_of_them_gives(model: GPT2, ids: Tensor, site: Site) -> None:
+    part = sweep(model, ids, (0, 2, 3), FACTORS, site, predictions=True).of_layers(iter((3, 0)))
+    by_itself = sweep(model, ids, (3, 0), FACTORS, site, predictions=True)
+    assert (part.layers, part.heads, part.factors) == (by_itself.layers, by_itself.heads, by_itself.factors)
+    for name in MEASURES:
+        found, expected = (result.statistics.measure(name, "rest") for result in (part, by_itself))
+        # cosines of small writes: a rounding of 1e-16 counts as 1e-8
+        near = {"rtol": 1e-7, "atol": 1e-7} if name == "gauge_free" or "alignment" in name else SAME
+        torch.testing.assert_close(found, expected, equal_nan=True, **near)
+
+
+def test_a_part_needs_layers_that_were_scaled_each_once(model: GPT2, ids: Tensor) -> None:
+    result = sweep(model, ids, (0, 2), (0.5,))
+    with pytest.raises(ValueError, match=r"Layer 1 was not scaled; this sweep has 0, 2\."):
+        result.of_layers([0, 1])
+    with pytest.raises(ValueError, match="different numbers"):
+        result.of_layers([2, 2])
+
+
 @pytest.mark.parametrize("skip", [-1, 10, 99])
 def test_leaving_out_every_position_is_refused(model: GPT2, ids: Tensor, skip: int) -> None:
     with pytest.raises(ValueError, match="10 positions"):
         sweep(model, ids, (1,), (0.5,)).frobenius(skip=skip)
 
 
-def test_progress_sees_every_place(model: GPT2, ids: Tensor) -> None:
+@pytest.mark.parametrize("n_layer", [2, 3, 4])
+def test_progress_sees_every_place(small: Callable[..., GPT2], ids: Tensor, n_layer: int) -> None:
     seen: list[int] = []
 
     def watch(places: Iterable[Place], total: int) -> Iterator[Place]:
@@ -304,15 +326,16 @@ def test_progress_sees_every_place(model: GPT2, ids: Tensor) -> None:
             yield place
         assert total == len(seen)
 
-    sweep(model, ids, (1, 2), FACTORS, progress=watch)
-    assert seen == [0, 0, 3, 6, 6, 6]
+    sweep(small(n_layer=n_layer), ids, (0, 1), FACTORS, progress=watch)
+    assert seen == [0, 3, *[6] * n_layer]
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_model_of_one_block_can_be_swept(small: Callable[..., GPT2], ids: Tensor, site: Site) -> None:
-    model = small(n_layer=1)
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+def test_a_model_of_few_blocks_can_be_swept(small: Callable[..., GPT2], ids: Tensor, site: Site, n_layer: int) -> None:
+    model = small(n_layer=n_layer)
     result = sweep(model, ids, factors=(0.0, 2.0), site=site)
-    assert result.frobenius().shape[2] == 2
+    assert result.frobenius().shape[2] == n_layer + 1
     assert not broken(model, result)
 
 
@@ -325,6 +348,54 @@ def test_saving_and_loading_gives_the_same_sweep(model: GPT2, ids: Tensor, tmp_p
     assert loaded.positions == (1, 2)
     assert loaded.lengths.tolist() == [10, 10]
     assert torch.equal(loaded.frobenius(), result.frobenius())
+
+
+def test_a_loaded_sweep_has_every_measure_of_the_saved_one(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    result = sweep(model, [ids[0].tolist(), ids[1, :4].tolist()], (0, 3), FACTORS, predictions=True)
+    result.save(tmp_path / "sweep.safetensors")
+    loaded = Sweep.load(tmp_path / "sweep.safetensors")
+    for name in MEASURES:
+        found, expected = (part.statistics.measure(name, "all") for part in (loaded, result))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def as_file(result: Sweep, path: Path, **tensors: Tensor) -> Path:
+    """A file of a sweep with other tensors in it."""
+    ids = tensors.pop("ids", result.ids)
+    replace(result, ids=ids, statistics=replace(result.statistics, **tensors)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["difference", "scaled", "inner", "clean", "written", "lengths", "ids"])
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_file_with_a_tensor_of_another_shape_than_its_grid_is_not_a_sweep(
+    model: GPT2, ids: Tensor, tmp_path: Path, name: str, axis: int, more: int
+) -> None:
+    result = sweep(model, ids, (0, 3), (0.5,))
+    tensor = result.ids if name == "ids" else getattr(result.statistics, name)
+    index = torch.arange(tensor.shape[axis] + more).clamp(max=tensor.shape[axis] - 1)
+    path = as_file(result, tmp_path / "sweep.safetensors", **{name: tensor.index_select(axis, index)})
+    blamed = "difference, scaled, inner, written" if name == "clean" else name  # its places are what the others follow
+    with pytest.raises(ValueError, match=rf"not a saved sweep \({blamed} of another shape than its grid"):
+        Sweep.load(path)
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor[..., 0], lambda tensor: tensor[..., None]])
+def test_a_file_with_an_axis_more_or_less_throughout_is_not_a_sweep(
+    model: GPT2, ids: Tensor, tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    result = sweep(model, ids, (0, 3), (0.5,))
+    names = ("difference", "scaled", "inner", "clean", "written")
+    changed = {name: change(getattr(result.statistics, name)) for name in names}
+    with pytest.raises(ValueError, match="another shape than its grid"):
+        Sweep.load(as_file(result, tmp_path / "sweep.safetensors", ids=change(ids), **changed))
+
+
+def test_a_file_of_another_site_is_not_a_sweep(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
+    replace(sweep(model, ids, (0,), (0.5,)), site="neuron").save(tmp_path / "sweep.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"not a saved sweep .*neuron"):
+        Sweep.load(tmp_path / "sweep.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"no sweep", b"\x02\0\0\0\0\0\0\0{}"])
@@ -354,6 +425,7 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
         ({"ids": [[1, 2], []]}, "at least one token"),
         ({"ids": [[1, 97]]}, "0 to 96"),
         ({"ids": torch.zeros(3, dtype=torch.long)}, "batch, position"),
+        ({"ids": torch.tensor(3)}, "batch, position"),
     ],
 )
 def test_a_grid_out_of_range_is_refused(model: GPT2, ids: Tensor, arguments: dict[str, object], said: str) -> None:
@@ -371,6 +443,18 @@ def test_numpys_numbers_are_numbers(model: GPT2, ids: Tensor, tmp_path: Path) ->
     result = sweep(model, ids, np.arange(2), np.linspace(0.5, 1.5, 3))
     result.save(tmp_path / "sweep.safetensors")
     assert (result.layers, result.factors) == ((0, 1), (0.5, 1.0, 1.5))
+    assert result.of_layers(np.arange(1, 2)).layers == (1,)
+
+
+def test_a_stream_that_overflows_says_where_first_and_under_which_factor(
+    small: Callable[..., GPT2], ids: Tensor
+) -> None:
+    model = small(dtype=torch.float32)
+    with pytest.raises(StreamOverflowError, match=r"finite at depth 2 under factor 3e\+38; take a smaller factor"):
+        sweep(model, ids, (3, 1), (0.5, 3e38))
+    model.final_norm.weight.data.fill_(3e38)
+    with pytest.raises(StreamOverflowError, match=r"finite at the final norm under factor 0\.5;"):
+        sweep(model, ids, (1,), (0.5,))
 
 
 def test_a_model_that_is_not_clean_is_refused(model: GPT2, ids: Tensor) -> None:

@@ -1,0 +1,364 @@
+"""Mutation testing of the library's core: does a test notice every small change of the code?
+
+    make mutants
+    python -m tests.mutants [--files scales.py sweep.py] [--limit 200]
+
+needs Linux and an hour for all. The mutants are
+those of cosmic-ray's operators. Left out are those that do not compile, and those that only type checkers can see.
+Everything heavy is imported once; each mutant is a forked child that writes the changed file into a copy of the
+repository, imports minigpt from there and runs pytest: first the quick tests of that file, and the others when these
+pass. Exit code 1 when fewer than 95 % are killed, or when one survives that `EQUIVALENT` does not argue.
+"""
+
+import argparse
+import ast
+import contextlib
+import gc
+import importlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("numpy", "pytest", "hypothesis", "torch.func", "torch._dynamo", "safetensors.torch", "tokenizers", "typer")
+HEAVY += ("transformers.models.gpt2.modeling_gpt2", "transformers.generation", "huggingface_hub.hf_api")
+QUICK = {
+    "model.py": ("test_model", "test_scales", "test_sweep", "test_divergence"),
+    "scales.py": ("test_scales", "test_sweep", "test_divergence"),
+    "sweep.py": ("test_sweep", "test_predictions", "test_divergence"),
+    "divergence.py": ("test_divergence", "test_sweep", "test_predictions"),
+}
+"""The mutated files, and the tests that run first on their mutants, in that order."""
+OTHERS = {
+    "model.py": (
+        "test_predictions",
+        "test_interventions",
+        "test_sensitivity",
+        "test_checkpoint",
+        "test_generate",
+        "test_parity",
+        "test_hub",
+    ),
+    "scales.py": ("test_model", "test_predictions", "test_interventions", "test_sensitivity", "test_checkpoint"),
+    "sweep.py": ("test_interventions", "test_sensitivity", "test_generate"),
+    "divergence.py": ("test_interventions", "test_sensitivity", "test_generate"),
+}
+"""The tests that run on a mutant when those pass."""
+SLOW = ("measured_peak", "runs_out_of_memory_is_halved_and_says_so", "full_shape", "published_figures")
+SLOW += ("certif", "fingerprint", "half_types", "sabotage")
+"""Parts of the names of tests that run on no mutant: they start processes, take a model of GPT-2 small's size, or ask
+whether other errors are noticed."""
+QUICK_SECONDS, OTHERS_SECONDS = 60, 120
+"""More counts as killed: a test run of a mutant that hangs fails too."""
+MEMORY = 6 * 2**30
+"""Bytes of address space that a mutant may take beyond what the imports took."""
+LEAST_KILLED = 0.95
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one line of a file."""
+
+    file: str
+    line: int
+    operator: str
+    source: str
+    """The whole changed file."""
+    before: str
+    after: str
+    """The line, and what it became, without their indentation."""
+
+
+def mutants_of(file: str) -> tuple[list[Mutant], int]:
+    """cosmic-ray's mutants of a file that differ for Python, and how many do not, or do not compile."""
+    from cosmic_ray.commands.init import init
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    path = ROOT / "minigpt" / file
+    source = path.read_text()
+    with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/session.sqlite", WorkDB.Mode.create) as session:
+        init([path], session, {})
+        specifications = [mutation for item in session.work_items for mutation in item.mutations]
+    found = []
+    for made in specifications:
+        changed = mutate_code(source, get_operator(made.operator_name)(**made.operator_args), made.occurrence)
+        if changed is not None and meaning(changed) not in (None, meaning(source)):
+            number, before, after = first_difference(source, changed)
+            found.append(Mutant(file, number, made.operator_name.split("/")[1], changed, before, after))
+    return found, len(specifications) - len(found)
+
+
+def meaning(source: str) -> str | None:
+    """A file as Python runs it, without annotations; None where it does not compile."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of `is` beside a literal
+            compile(source, "mutant", "exec")
+    except SyntaxError:
+        return None
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def first_difference(source: str, changed: str) -> tuple[int, str, str]:
+    """The number of the first line that changed, and the line before and after, without indentation."""
+    pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
+    number, (before, after) = next((i, pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+    return number, before.strip(), after.strip()
+
+
+def sample(mutants: list[Mutant], limit: int | None) -> list[Mutant]:
+    """At most so many, every file's in proportion: the same ones every time."""
+    if limit is None or limit >= len(mutants):
+        return mutants
+    chosen = random.Random(0)
+    by_file = [[mutant for mutant in mutants if mutant.file == file] for file in QUICK]
+    return [one for group in by_file for one in chosen.sample(group, round(limit * len(group) / len(mutants)))]
+
+
+@contextlib.contextmanager
+def copy_of_the_repository() -> Iterator[Path]:
+    """A temporary folder with the files that git knows or would add, as they are now."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for name in filter(None, names):
+            if (ROOT / name).is_file():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, Path(folder) / name)
+        yield Path(folder)
+
+
+def passes(tree: Path, tests: Sequence[str], seconds: float) -> bool:
+    """Whether the tests pass on the copy, in a forked child, within so many seconds."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            code = tested(tree, tests)
+        finally:  # in no case back into the code of the parent, whose copy it would remove
+            os._exit(code)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)  # also what its tests started
+    os.waitpid(child, 0)
+    return False
+
+
+def tested(tree: Path, tests: Sequence[str]) -> int:
+    """pytest's exit code on the copy; to be called in a child, whose output goes nowhere."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(silence, stream)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "minigpt", "experiments")]:
+        del sys.modules[name]
+    import hypothesis
+    import pytest
+
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a counterexample need not be the smallest
+    hypothesis.settings.register_profile("mutants", database=None, derandomize=True, phases=phases)
+    hypothesis.settings.load_profile("mutants")
+    files = [f"tests/{name}.py" for name in tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--disable-plugin-autoload"]
+    return int(pytest.main([*options, "-k", f"not ({' or '.join(SLOW)})", *files]))
+
+
+def killed(tree: Path, mutant: Mutant) -> bool:
+    """Whether a test fails on a mutant; the copy is put back afterwards."""
+    path = tree / "minigpt" / mutant.file
+    original = path.read_text()
+    try:
+        write(path, mutant.source)
+        return not (
+            passes(tree, QUICK[mutant.file], QUICK_SECONDS) and passes(tree, OTHERS[mutant.file], OTHERS_SECONDS)
+        )
+    finally:
+        write(path, original)
+
+
+def write(path: Path, source: str) -> None:
+    """Write a file, and remove its bytecode, which Python would take for that of the next source of the same second."""
+    path.write_text(source)
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """A mutant that no test can tell from the code, and why."""
+
+    file: str
+    operator: str
+    line: str
+    """The whole line, without indentation."""
+    became: str
+    """A part of the changed line that the line has not."""
+    reason: str
+
+    def is_for(self, mutant: Mutant) -> bool:
+        """Whether this is the mutant meant."""
+        same = (self.file, self.operator, self.line) == (mutant.file, mutant.operator, mutant.before)
+        return same and self.became in mutant.after and self.became not in mutant.before
+
+
+_EMPTY = "if len(index) == 0 or not bool((index[0] < self.lengths).all()):"
+_MEAN = "return values[..., positions].where(real, 0.0).sum(-1) / real.sum(-1)"
+_TWO_AXES = "`real` has two axes: the last one is number 1."
+_FULL = "full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check"
+_REFUSED = "The lengths of a tensor that is not [batch, position]: all callers refuse it right after, with check_ids."
+_TWICE = "if len(set(layers)) < len(layers):"
+_SMALL = "CPython has one object for each integer up to 256: more blocks than any model has."
+_WHERE = (
+    "f\"The stream is no longer finite at {'the final norm' if place == last else f'depth {place}'} under factor \""
+)
+_COMPARE, _NUMBER = "ReplaceComparisonOperator_", "NumberReplacer"
+
+EQUIVALENT = (
+    Equivalent("divergence.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
+    Equivalent(
+        "divergence.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."
+    ),
+    Equivalent(
+        "divergence.py",
+        f"{_COMPARE}Gt_NotEq",
+        "return self._mean(sine.where(self.scaled > 0, 1.0), positions)",
+        "!= 0",
+        "A squared norm is not negative, and a sweep refuses streams that are not finite.",
+    ),
+    Equivalent(
+        "divergence.py",
+        f"{_COMPARE}Gt_GtE",
+        "longer = self.scaled > self.clean",
+        ">=",
+        "Where both norms are equal, the two differences are each other's negative, and are squared.",
+    ),
+    Equivalent("divergence.py", "ReplaceUnaryOperator_USub_UAdd", _MEAN, "real.sum(+1)", _TWO_AXES),
+    Equivalent("divergence.py", "ReplaceUnaryOperator_Delete_USub", _MEAN, "real.sum(1)", _TWO_AXES),
+    Equivalent("sweep.py", f"{_COMPARE}Eq_GtE", _FULL, ">= 2", _REFUSED),
+    Equivalent("sweep.py", _NUMBER, _FULL, "else 1", _REFUSED),
+    Equivalent("sweep.py", _NUMBER, _FULL, "else -1", _REFUSED),
+    Equivalent(
+        "sweep.py",
+        _NUMBER,
+        "return texts, torch.full((len(texts),) if texts.ndim else (0,), full)",
+        "( 1,)",
+        _REFUSED,
+    ),
+    Equivalent("sweep.py", f"{_COMPARE}Eq_GtE", _WHERE, ">= last", "No place comes after `last`."),
+    Equivalent("sweep.py", f"{_COMPARE}Eq_Is", _WHERE, "is last", _SMALL),
+    Equivalent("sweep.py", f"{_COMPARE}Lt_NotEq", _TWICE, "!=", "A set has no more members than what it was made of."),
+    Equivalent("sweep.py", f"{_COMPARE}Lt_IsNot", _TWICE, "is not", f"As != does; {_SMALL}"),
+    Equivalent(
+        "sweep.py",
+        _NUMBER,
+        "DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))",
+        ", 3)",
+        "Multiples of 0.05 are the same floats rounded to two digits and to three.",
+    ),
+    Equivalent(
+        "model.py",
+        f"{_COMPARE}Gt_NotEq",
+        "z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)",
+        "!= 1",
+        "There is at least one position: the config refuses empty ids.",
+    ),
+    Equivalent(
+        "model.py",
+        _NUMBER,
+        "future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)",
+        "shape[ 1:]",
+        "The mask of every head is the same; broadcasting makes no other.",
+    ),
+)
+
+
+def main() -> int:
+    """Run the mutants, and print what survives."""
+    arguments = options()
+    made = {file: mutants_of(file) for file in arguments.files}
+    mutants = sample([mutant for found, _ in made.values() for mutant in found], arguments.limit)
+    with copy_of_the_repository() as tree:
+        prepare(tree)
+        survivors = [mutant for mutant in watched(mutants) if not killed(tree, mutant)]
+    for file, (found, left_out) in made.items():
+        ran, alive = (Counter(mutant.file for mutant in some)[file] for some in (mutants, survivors))
+        print(f"{file}: {ran} of {len(found)} mutants ran, {ran - alive} killed; {left_out} others change nothing")
+    unargued = report(survivors)
+    share = 1 - len(survivors) / len(mutants)
+    print(
+        f"{len(mutants)} mutants, {share:.1%} killed, {len(survivors)} survived, {unargued} of them without a reason."
+    )
+    return 1 if unargued or share < LEAST_KILLED else 0
+
+
+def options() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--files", nargs="+", choices=QUICK, default=list(QUICK), help="the files to mutate")
+    parser.add_argument("--limit", type=int, help="run a sample of so many, every file's in proportion")
+    return parser.parse_args()
+
+
+def prepare(tree: Path) -> None:
+    """Import what every child needs; see that the tests pass on the code as it is, and fail on code that raises."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage at its end: not ours, in every child
+    for file, quick in QUICK.items():
+        if not passes(tree, [*quick, *OTHERS[file]], QUICK_SECONDS + OTHERS_SECONDS):
+            raise SystemExit(f"The tests of {file} fail on the code as it is; nothing can be learnt from its mutants.")
+        if not killed(tree, Mutant(file, 1, "", "raise RuntimeError", "", "")):
+            raise SystemExit(f"The tests of {file} pass on a file that only raises: they do not import the copy.")
+
+
+def watched(mutants: Sequence[Mutant]) -> Iterator[Mutant]:
+    """The mutants, one by one, with a line on standard error now and then."""
+    began = time.monotonic()
+    for count, mutant in enumerate(mutants):
+        if count % 50 == 0:
+            print(f"{count} of {len(mutants)}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        yield mutant
+
+
+def report(survivors: Sequence[Mutant]) -> int:
+    """Print the survivors; how many of them nobody argued."""
+    unargued = 0
+    for mutant in survivors:
+        reason = next((argued.reason for argued in EQUIVALENT if argued.is_for(mutant)), None)
+        unargued += reason is None
+        print(f"{mutant.file}:{mutant.line} {mutant.operator}: {reason or 'SURVIVED'}")
+        print(f"    {mutant.before}\n    {mutant.after}")
+    return unargued
+
+
+if __name__ == "__main__":
+    sys.exit(main())
