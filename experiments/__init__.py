@@ -10,6 +10,7 @@ def _leave(*_: object) -> None:
     os._exit(130)
 
 
-# While a program is still importing, which takes seconds; `cli.run` makes an interrupt an exception again.
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# While one of these programs is still importing, which takes seconds; `cli.run` makes an interrupt an exception again.
+_ours = sys.argv[0] == "-m" and any(word.startswith("experiments.") for word in sys.orig_argv)
+if _ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

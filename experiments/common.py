@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minigpt import Tokenizer
-from minigpt.files import naming, read_json, settle
+from minigpt.files import naming, read_json, settle, sync
 
 SUMMARY = "summary.json"
 MOST_SUMMARY = 64 * 2**20
@@ -156,12 +156,17 @@ def results_in(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
             yield scratch
             for file in scratch.iterdir():
                 settle(file)
-        for old in (folder / SUMMARY, *(path for pattern in patterns for path in folder.glob(pattern))):
-            if old.is_dir():
-                shutil.rmtree(old)
-            old.unlink(missing_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)
+        sync(folder)
+        for pattern in patterns:
+            for old in folder.glob(pattern):
+                if not old.is_dir():
+                    old.unlink()
+                elif old.name == pattern:  # a folder goes only by its whole name
+                    shutil.rmtree(old)
         for file in sorted(scratch.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
             file.replace(folder / file.name)
+        sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if created and folder.exists() and not any(folder.iterdir()):

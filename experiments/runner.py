@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import platform
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from experiments.figures import Figures, save_figures
 from experiments.texts import Texts
 from experiments.verdicts import Verdict, lines_of
 from minigpt import GPT2, Sweep, Tokenizer, parity
-from minigpt.files import read_json
+from minigpt.files import printable, read_json
 from minigpt.selfcheck import self_check
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
@@ -205,7 +206,7 @@ class Experiment(ABC, Generic[Raw]):
     @property
     def files(self) -> tuple[str, ...]:
         """Patterns of all that a run writes besides its summary."""
-        return (f"{self.name}*", "sweep.safetensors", REPORT, WINDOWS)
+        return (*_tables_and_charts(self.name), "sweep.safetensors", REPORT, WINDOWS)
 
 
 def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -> Study[Raw]:
@@ -238,10 +239,10 @@ def run_over_corpus(
 
     Raises as `run_prompt` does, and ValueError for texts that cannot be read and for windows of other settings.
     """
-    settings, texts, tried = experiment.settings, experiment.settings.texts, list[tuple[Raw, Checked]]()
-    if texts is None or texts.window > model.config.n_positions:
-        most = model.config.n_positions
+    settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
+    if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
+    tried = list[tuple[Raw, Checked]]()
 
     def prepare() -> None:
         held.enter_context(claimed(output, settings.to_json(), overwrite, experiment.files))
@@ -250,23 +251,25 @@ def run_over_corpus(
         tried.append((raw, _checked(experiment, model, raw, certificate)))
 
     shards = Shards(output / WINDOWS, _identity(experiment, model))
+
+    def measure(windows: Ids) -> dict[str, Tensor]:
+        return experiment.measure(model, experiment.run(model, windows, alone=False))
+
     counts = measure_corpus(
-        texts,
-        tokenizer,
-        shards,
-        ranks,
-        prepare,
-        lambda windows: experiment.measure(model, experiment.run(model, windows, alone=False)),
-        overwrite=overwrite,
-        quiet=not experiment.progress,
+        texts, tokenizer, shards, ranks, prepare, measure, overwrite=overwrite, quiet=not experiment.progress
     )
     if not tried:
         return None
-    _still_certified(tried[0][1].certificate, model)
+    raw, checked = tried[0]
+    try:
+        _still_certified(checked.certificate, model)
+    except parity.CheckError:
+        shutil.rmtree(shards.folder)  # or a later run would take the windows up
+        raise
     measured = of_windows(shards.combine(counts["windows"]))
-    if measured.keys() != experiment.measure(model, tried[0][0]).keys():
-        raise ValueError(f"{output / WINDOWS} holds windows that another version measured; remove it and run again.")
-    return Study(settings, describe(model), [], counts, tried[0][1], measured, tried[0][0], tokenizer)
+    if measured.keys() != experiment.measure(model, raw).keys():
+        raise ValueError(f"{shards.folder} holds windows that another version measured; remove it and run again.")
+    return Study(settings, describe(model), [], counts, checked, measured, raw, tokenizer)
 
 
 def _identity(experiment: Experiment[Any], model: GPT2) -> dict[str, Any]:
@@ -276,7 +279,7 @@ def _identity(experiment: Experiment[Any], model: GPT2) -> dict[str, Any]:
     asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
     cuda = experiment.settings.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-    origin = {"sha256": describe(model).get("sha256"), "versions": versions(), "processor": where}
+    origin = {"weights": parity.fingerprint(model), "versions": versions(), "processor": where}
     return {"experiment": experiment.name, **asked, **origin}
 
 
@@ -372,7 +375,12 @@ def _of_former_run(folder: Path) -> list[str]:
         name = read_json(folder / SUMMARY, MOST_SUMMARY)["experiment"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return [f"{name}*"] if isinstance(name, str) and name.isidentifier() else []
+    return _tables_and_charts(name) if isinstance(name, str) and name.isidentifier() else []
+
+
+def _tables_and_charts(name: str) -> list[str]:
+    """Patterns of an experiment's files, narrow enough to leave a stranger's alone."""
+    return [f"{name}.csv", f"{name}_*.png", f"{name}_*.svg"]
 
 
 def can_draw() -> bool:
@@ -407,7 +415,7 @@ def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterat
     )
     yield f"{settings.model} ({shape}, {settings.dtype}, {settings.device}), {ran}"
     if study.tokens:
-        yield f"  {' | '.join(study.tokens)}"
+        yield f"  {' | '.join(map(printable, study.tokens))}"
     yield f"parity: {checked.certificate.sentence() if checked.certificate else 'not checked (--no-parity)'}"
     if checked.checks:
         yield "checks, all hold:"

@@ -73,8 +73,11 @@ class Texts:
 
     def _pieces(self, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
         """Every text's tokens, cut into windows."""
-        for text in read_texts(Path(self.path), self.column):
-            ids = tokenizer.encode(text)
+        for number, text in enumerate(read_texts(Path(self.path), self.column), start=1):
+            try:
+                ids = tokenizer.encode(text)
+            except ValueError as error:
+                raise ValueError(f"--texts {self.path}, text {number}: {error}") from None
             yield [ids[start : start + self.window] for start in range(0, max(1, len(ids)), self.window)]
 
 

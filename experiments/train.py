@@ -193,6 +193,10 @@ def _read_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings:
             raise ValueError(f"{path} belongs to a run with other settings ({found}); choose another --output.")
         losses = file.get_tensor("losses").tolist()
         for name, parameter in trained(model):
+            for part in ("weight", *MOMENTS):  # copying would broadcast, and the fused optimiser reads beyond the end
+                shape = file.get_slice(f"{part}/{name}").get_shape()
+                if shape != list(parameter.shape):
+                    raise TypeError(f"{part}/{name} is {shape}, not {list(parameter.shape)}")
             parameter.data.copy_(file.get_tensor(f"weight/{name}"))
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(len(losses)), device=parameter.device),

@@ -211,8 +211,10 @@ def _read(found: dict[str, tuple[Any, str]], layout: Layout, dtype: torch.dtype)
     """Name in the model -> tensor, of names that belong; and which have values that are not finite."""
     state, broken = dict[str, Tensor](), list[str]()
     for theirs, (file, key) in found.items():
-        stored, tensor = layout.get(theirs), file.get_tensor(key)
-        assert stored is not None
+        stored = layout.get(theirs)
+        if stored is None:
+            continue
+        tensor = file.get_tensor(key)
         state[stored.name] = tensor = (tensor.t() if stored.conv1d else tensor).to(dtype)
         # The sum is quick, and not finite where a value is not; only where it is not are the values looked at.
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():

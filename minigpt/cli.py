@@ -36,14 +36,15 @@ app = typer.Typer(
 INTERRUPTED = 130
 DEVICES = ("cpu", "cuda", "mps")
 TRUSTED = ("cpu", "cuda")
-"""The devices that may be used untried. MPS has given wrong numbers without a word, and has no float64."""
+"""The devices that may be used untried. MPS has given wrong numbers without a word; nor can it pass `doctor` today, for
+it has no float64, in which differences are measured."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, gpt2 | gpt2-medium | ..., or a hub id")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub")]
 Offline = Annotated[bool, typer.Option("--offline", help="use the local cache only")]
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, mps (tried first, see doctor), or auto: cuda if present, else cpu")
+    str, typer.Option(help="cpu, cuda, mps (only if it passes doctor), or auto: cuda if present, else cpu")
 ]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
 
@@ -174,9 +175,9 @@ def generate_command(
     with scaled(loaded, scales):
         new = generate(loaded, ids, max_new_tokens, temperature, top_k, top_p, seed)
         first = next(new)  # so that a refusal comes before the prompt is shown
-        typer.echo(prompt, nl=False)
+        typer.echo(printable(prompt), nl=False)
         for text in tokenizer.stream(token for token in chain([first], new) if token != loaded.config.eos_token_id):
-            typer.echo(text, nl=False)
+            typer.echo(printable(text), nl=False)
             sys.stdout.flush()
     typer.echo()
 

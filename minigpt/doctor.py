@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt import parity
+from minigpt.fanout import is_out_of_memory
 from minigpt.model import GPT2
 from minigpt.selfcheck import self_check
 from minigpt.sweep import sweep
@@ -18,6 +19,7 @@ from minigpt.sweep import sweep
 TOKENS = 32
 """Of the random texts that are run."""
 REPETITIONS = 3
+FAILURES = (RuntimeError, TypeError, NotImplementedError, ValueError, MemoryError)
 FACTORS = (0.5, 1.0, 1.5)
 
 
@@ -70,12 +72,18 @@ def _processor() -> str:
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _attempt(name: str, look: Callable[[], tuple[str, bool]]) -> Finding:
+def _attempt(name: str, look: Callable[[], tuple[str, bool | None]]) -> Finding:
     """A finding, also where looking fails: a device can lack a type or an operation."""
     try:
         return Finding(name, *look())
-    except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-        return Finding(name, f"cannot run here: {str(error).splitlines()[0]}", False)
+    except FAILURES as error:
+        return Finding(name, *_failed(error))
+
+
+def _failed(error: Exception) -> tuple[str, bool | None]:
+    """What a failure says; a lack of memory says nothing about the numbers."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"cannot run here: {reason}", None if is_out_of_memory(error) else False
 
 
 def _attention(model: GPT2) -> tuple[str, bool]:
@@ -86,7 +94,7 @@ def _attention(model: GPT2) -> tuple[str, bool]:
     with sdpa_kernel(SDPBackend.MATH):
         plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.score_scale)
     apart = float((found.double() - plain.double()).abs().max() / plain.double().abs().max())
-    limit = 100 * torch.finfo(q.dtype).eps
+    limit = (4 if q.dtype.itemsize == 2 else 100) * torch.finfo(q.dtype).eps
     kind = "the plain products" if torch.equal(found, plain) else "a fused kernel"
     said = f"{kind} ({', '.join(_kernels(model))}); {apart:.1e} from the plain products, at most {limit:.1e} expected"
     return said, apart <= limit
@@ -106,7 +114,7 @@ def _kernels(model: GPT2) -> list[str]:
     return [name for name, on in enabled.items() if on]
 
 
-def _parity(model: GPT2, dtype: torch.dtype) -> tuple[str, bool]:
+def _parity(model: GPT2, dtype: torch.dtype) -> tuple[str, bool | None]:
     """The certificate of the model's checkpoint in that type, on the model's device."""
     if model.source is None:
         raise ValueError("the model was not loaded from a checkpoint")
@@ -114,7 +122,7 @@ def _parity(model: GPT2, dtype: torch.dtype) -> tuple[str, bool]:
     loaded = GPT2.from_pretrained(model.source.directory, device=device, dtype=dtype)
     loaded.source = model.source
     certificate = parity.certify(loaded)
-    return certificate.sentence(), certificate.passed
+    return certificate.sentence(), certificate.passed if certificate.against else None
 
 
 def _oracles(model: GPT2) -> Iterator[Finding]:
@@ -122,8 +130,8 @@ def _oracles(model: GPT2) -> Iterator[Finding]:
     last = model.config.n_layer - 1
     try:
         found = self_check(model, sweep(model, _ids(model), sorted({0, last // 2, last}), FACTORS))
-    except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-        yield Finding("sweep", f"cannot run here: {str(error).splitlines()[0]}", False)
+    except FAILURES as error:
+        yield Finding("sweep", *_failed(error))
         return
     for check in found.checks:
         yield Finding("sweep", f"{check.claim}: {check.figure:.3g}", check.passed)

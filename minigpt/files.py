@@ -9,8 +9,9 @@ import shutil
 import socket
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ MOST_HEADER = 4 * 2**20
 MODE = 0o644
 """Of every file that is written."""
 
+HARMLESS = "\n\t\u200c\u200d"
+"""Characters that no terminal shows, and that may stay: the last two join letters in several scripts."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 80, 40, 80
 
@@ -37,7 +41,7 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """A text that a terminal shows as letters: control characters and halves of characters are written out."""
     return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        letter if letter.isprintable() or letter in HARMLESS else letter.encode("unicode_escape").decode()
         for letter in text
     )
 
@@ -84,8 +88,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are all different: readers disagree on which of two counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {shown(twice)} is there twice")
     return found
 
@@ -150,16 +153,35 @@ def write_together(
         with ExitStack() as kept:
             finished = {name: kept.enter_context(_finished(folder / name, files[name])) for name in files}
             gone = [folder / name for name in stale if (folder / name).exists()]
-            if len(gone) + sum(not _same(finished[name], folder / name) for name in files) > 1:
-                (folder / key).unlink(missing_ok=True)
-                _sync(folder)
-            for path in gone:
-                path.unlink(missing_ok=True)
-            for name in sorted(files, key=lambda name: name == key):
-                _move(finished[name], folder / name)
+            several = len(gone) + sum(not _same(finished[name], folder / name) for name in files) > 1
+            *others, last = sorted(files, key=lambda name: name == key)
+            with _aside(folder / key, finished[last].with_name("aside")) if several else nullcontext():
+                for name in others:
+                    _move(finished[name], folder / name)
+                for path in gone:  # before the last, with which a mixture would count
+                    path.unlink(missing_ok=True)
+                _move(finished[last], folder / last)
     finally:
         if created and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def _aside(path: Path, place: Path) -> Iterator[None]:
+    """Take a file out of the way; it returns where the body fails before anything has been replaced."""
+    others = {other: other.stat().st_ino for other in path.parent.iterdir() if other.is_file()}
+    with suppress(FileNotFoundError):
+        path.replace(place)
+        sync(path.parent)
+    try:
+        yield
+    except BaseException:
+        same = all(
+            other.exists() and other.stat().st_ino == number for other, number in others.items() if other != path
+        )
+        if same and place.exists() and not path.exists():
+            place.replace(path)
+        raise
 
 
 @contextmanager
@@ -183,7 +205,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _move(finished: Path, path: Path) -> None:
     finished.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -202,18 +224,19 @@ def naming(path: Path, scratch: Path | None = None) -> Iterator[None]:
 
 def settle(path: Path) -> None:
     """Bring a finished file onto the disk, so that a move after it cannot overtake its content."""
-    path.chmod(MODE)
-    _sync(path)
+    if path.is_file():
+        path.chmod(MODE)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return  # only POSIX opens folders
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sync(path: Path) -> None:
+    """Bring a file onto the disk, or, where the system can, the names in a folder. Raises OSError for a file only."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _mark(path: Path) -> str:
@@ -223,9 +246,11 @@ def _mark(path: Path) -> str:
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of a path whose process is gone."""
     mark = _mark(path)
-    for leftover in [folder for folder in path.parent.iterdir() if folder.name.startswith(mark)]:
-        process = leftover.name.removeprefix(mark).partition("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
+    for leftover in list(path.parent.iterdir()):
+        process = re.fullmatch(
+            re.escape(mark) + r"(\d+)-[a-z0-9_]+", leftover.name
+        )  # a host's name may end in a number
+        if process and not _runs(int(process[1])):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -96,7 +96,10 @@ def find(
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Let no request wait for ever: the client sets no limit on some, and a hub that is silent would hold us."""
+    """Let no request wait for ever: the client sets no limit on some, and a hub that is silent would hold us.
+
+    The limit is on silence, not on the whole; it is the client's of this process, also for others who use it now.
+    """
 
     def limit(request: Any) -> None:
         limits = request.extensions.setdefault("timeout", {})

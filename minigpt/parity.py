@@ -24,8 +24,8 @@ from torch import Tensor
 
 from minigpt import hub
 from minigpt.checkpoint import is_scale
-from minigpt.config import OFFICIAL, GPT2Config
-from minigpt.files import open_tensors, write_tensors
+from minigpt.config import OFFICIAL, CheckpointError, GPT2Config
+from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
 from minigpt.model import GPT2
 from minigpt.scales import scales_not_one
@@ -91,19 +91,24 @@ class CheckError(Exception):
 def certify(model: GPT2, live: bool = False) -> Certificate:
     """Compare a model with the first of: a stored reference, published figures, transformers.
 
-    `live` asks for the run of transformers whatever else there is. The model's scales must be 1.
+    `live` asks for the run of transformers whatever else there is. The model's scales must be 1. The checkpoint is read
+    once more: weights that are not its own fail, and without it nothing is certified.
 
     Raises ValueError when a scale is not 1, and when `live` is asked for without transformers.
     """
     changed = scales_not_one(model)
     if changed:
         raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back to 1.")
-    certificate = replace(_compared(model, live), weights=fingerprint(model))
-    if model.source is None or fingerprint(GPT2.from_pretrained(model.source.directory, dtype=_dtype(model))) == (
-        certificate.weights
-    ):
+    own = fingerprint(model)
+    try:
+        stored = fingerprint(GPT2.from_pretrained(model.source.directory, dtype=_dtype(model))) if model.source else own
+    except CheckpointError as error:  # the folder is gone, or another one now
+        return Certificate("not certified", "", problems=(str(error),), weights=own)
+    certificate = replace(_compared(model, live), weights=own)
+    if stored == own:
         return certificate
-    edited = f"The weights in memory are not those in {model.source.directory}, rounded to {_dtype(model)}."
+    where = model.source.directory if model.source else ""
+    edited = f"The weights in memory are not those in {where}, rounded to {_dtype(model)}."
     return replace(certificate, verdict="failed", problems=(*certificate.problems, edited))
 
 
@@ -232,8 +237,10 @@ def _against_stored(model: GPT2, path: Path) -> Certificate:
             about = stored.metadata() or {}
             expected = {name: stored.get_tensor(name) for name in ("logits", "depths", "final", "loss")}
             ids = stored.get_tensor("ids")
-        against = f"{REFERENCE} (transformers {about['transformers']})"
+        against = f"{REFERENCE} (transformers {shown(about['transformers'])[1:-1]})"
         model.config.check_ids(ids)
+        if expected["logits"].shape != (*ids.shape, model.config.vocab_size):
+            raise ValueError("the logits are of other texts")
     except (OSError, LookupError, ValueError) as error:
         return _certificate(path.name, {}, None, [f"{path} is broken or belongs to another model: {error}."])
     ours = run(model, ids.to(_device(model)))
@@ -341,14 +348,14 @@ def _quiet_transformers() -> Iterator[Any]:
     import transformers  # noqa: PLC0415  slow to import, and an extra
 
     logging = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield transformers
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if bars:
             logging.enable_progress_bar()
 
 

@@ -71,7 +71,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode(ids, skip_special_tokens=False)
+        with _refusing(ValueError, "This tokenizer cannot decode the ids", "Take the one that the model came with."):
+            return self.backend.decode(ids, skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come; a character spread over several tokens waits until it is whole."""
@@ -101,10 +102,16 @@ def _refusing(kind: type[ValueError], what: str, then: str) -> Iterator[None]:
 
 
 def _check(parsed: Any) -> None:
-    """Raise ValueError for what makes the backend panic."""
+    """Raise ValueError for what GPT-2's byte-level BPE has not, and what harms.
+
+    A normalizer changes the text, and can make it any number of times longer; dropout draws other ids every time; a
+    prefix inside words makes the backend panic.
+    """
     model = parsed.get("model") if isinstance(parsed, dict) else None
-    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
-        raise ValueError("its words have a prefix inside, which a byte-level BPE has not")
+    if isinstance(model, dict) and (model.get("continuing_subword_prefix") or model.get("dropout")):
+        raise ValueError("it has dropout, or a prefix inside words, which GPT-2's has not")
+    if isinstance(parsed, dict) and parsed.get("normalizer"):
+        raise ValueError("it changes texts before it reads them (normalizer), which GPT-2's does not")
 
 
 def _from_vocabulary(vocab: Path, merges: Path) -> tokenizers.Tokenizer:

@@ -111,6 +111,12 @@ def header_shorter_than_its_length(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"\x10\0\0")
 
 
+@case("the name 't0' is there twice")
+def header_with_a_name_twice_among_sixty_thousand(folder: Path) -> None:
+    names = [f"t{number % 60_000}" for number in range(60_001)]
+    _write(folder, ("{" + ",".join(f'"{name}":{{}}' for name in names) + "}").encode(), b"")
+
+
 @case("nested too deeply")
 def header_nested_a_thousand_deep(folder: Path) -> None:
     _write(folder, b'{"a":' * 1000 + b"0" + b"}" * 1000, b"")
@@ -461,8 +467,8 @@ def config_with_a_name_twice(folder: Path) -> None:
 @case("has 1073741824 bytes")
 def config_of_a_gigabyte_of_spaces(folder: Path) -> None:
     with (folder / "config.json").open("wb") as file:
-        for _ in range(64):
-            file.write(b" " * 2**24)
+        file.write(b" " * 2**24)
+        file.truncate(2**30)
 
 
 @case("is not valid JSON")

@@ -32,7 +32,7 @@ ARGUED: dict[str, str] = {}
 """Findings of pip-audit that do not matter here: an id -> the reason. Every other finding fails the check."""
 
 WHEEL_FILES = ("*.py", "published_gpt2.json", "py.typed")
-OF_THE_CORE = {"jinja2", "tqdm"}  # extras name them too, but torch and huggingface-hub bring them anyway
+OF_THE_CORE = {"filelock", "jinja2", "tqdm"}  # extras name them too, but torch and huggingface-hub bring them anyway
 
 
 class FailedError(Exception):

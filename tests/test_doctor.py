@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,33 @@ def test_what_lies_is_named_and_the_exit_code_is_1(
     assert code == 1
     assert names <= off
     assert "something is off: " in out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_wrong_kernel_is_found_in_half_types_too(minigpt: Run, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    assert minigpt("doctor", TINY, "--dtype", dtype)[0] == 0
+    wrong_attention(monkeypatch)
+    code, out, _ = minigpt("doctor", TINY, "--dtype", dtype)
+    assert (code, "OFF attention" in out) == (1, True)
+
+
+def test_a_model_that_nothing_can_be_compared_with_is_not_off_for_that(
+    small: Callable[..., GPT2], tmp_path: Path, minigpt: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(dtype=torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    code, out, _ = minigpt("doctor", tmp_path)
+    assert code == 0
+    assert "    parity in float32: not certified." in out
+
+
+def test_a_lack_of_memory_says_nothing_about_the_numbers(minigpt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("minigpt.doctor.sweep", sweep)
+    code, out, _ = minigpt("doctor", TINY)
+    assert (code, "    sweep: cannot run here: MemoryError" in out) == (0, True)
 
 
 def test_a_model_without_a_checkpoint_has_no_parity(model: GPT2) -> None:

@@ -67,9 +67,10 @@ def test_what_is_spoiled_is_a_whole_checkpoint_before(tmp_path: Path) -> None:
     assert GPT2.from_pretrained(tmp_path).config == hostile.SHAPE
 
 
+@pytest.mark.skipif(not os.access(CLEAR, os.W_OK), reason="needs Linux's count of the highest memory in use")
 def test_a_loader_that_allocates_first_and_looks_then_is_found(tmp_path: Path) -> None:
     _, rose = cost_of(lambda: bytearray(os.urandom(1)) * (300 * 2**20))
-    assert rose > MEGABYTES_200 or not STATUS.exists()
+    assert rose > MEGABYTES_200
 
 
 def test_a_link_from_a_snapshot_to_the_caches_blobs_is_followed(tmp_path: Path) -> None:
@@ -105,6 +106,7 @@ def test_no_pickle_is_ever_read(path: Path) -> None:
                 str(getattr(node, "module", "")).split(".")[0]
             }
             assert not names & PICKLES
+            assert not (isinstance(node, ast.ImportFrom) and any(alias.name == "load" for alias in node.names))
         if isinstance(node, ast.Attribute) and node.attr == "load":
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             assert owner in {"checkpoint", "Sweep", "dist"}, f"line {node.lineno}: {ast.unparse(node)}"

@@ -3,19 +3,24 @@
 import ast
 import json
 import re
+import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import typer
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from experiments import divergence, runner
-from experiments.corpus import Shards
+from experiments.corpus import Ranks, Shards
 from experiments.divergence import Divergence, GridSettings
+from experiments.texts import Texts
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
 from minigpt.files import MODE, open_tensors, printable, shown, write_atomically
 from tests.conftest import ROOT, TINY
@@ -64,6 +69,31 @@ def test_a_sentence_holds_nothing_that_steers_a_terminal(
     err = capfd.readouterr().err
     assert err.count("\n") == 1
     assert err[:-1].isprintable()
+
+
+def test_what_a_strangers_files_say_is_shown_without_steering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The reference's metadata, and the tokens of a tokenizer."""
+    shutil.copytree(TINY, tmp_path / "model")
+    with open_tensors(tmp_path / "model" / "reference.safetensors") as file:
+        about = {**file.metadata(), "transformers": "\x1b]0;owned\x07\nforged: certified"}
+    save_file(
+        load_file(tmp_path / "model" / "reference.safetensors"), tmp_path / "model" / "reference.safetensors", about
+    )
+    parsed = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    parsed["added_tokens"][0]["content"] = "\x1b[2J"
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(parsed))
+    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    for arguments in (["verify", str(tmp_path / "model")], ["--output", str(tmp_path / "out")]):
+        prompt = ["--model", str(tmp_path / "model"), "--prompt", "so \x1b[2J it", "--factors", "0.5"]
+        monkeypatch.setattr(sys, "argv", ["minigpt", *arguments, *([] if arguments[0] == "verify" else prompt)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main() if arguments[0] == "verify" else cli.run(lambda: typer.run(divergence.main))
+        out = capfd.readouterr().out
+        assert not stopped.value.code
+        assert all(line.isprintable() for line in out.splitlines())
+        assert not any(line.startswith("forged") for line in out.splitlines())
 
 
 def test_letters_of_every_script_stay_as_they_are() -> None:
@@ -117,6 +147,7 @@ SUMMARIES = {
     "not UTF-8": b"\xff\xfe",
     "another type inside": b'{"settings": 3, "experiment": ["../../x"]}',
     "a name that leads away": b'{"settings": {}, "experiment": "../../x"}',
+    "a name that many files begin with": b'{"settings": {}, "experiment": "n"}',
 }
 
 
@@ -126,9 +157,10 @@ def test_a_hostile_result_file_is_a_sentence(
 ) -> None:
     """A summary in the output folder, and with --overwrite it is replaced, and nothing outside is touched."""
     monkeypatch.setattr(runner, "_draw", lambda *_: None)
-    (tmp_path / "x.csv").write_text("mine")
+    for name in ("x.csv", "deep/out/notes.txt", "deep/out/numbers.csv", "deep/out/n_thesis/thesis.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
     folder = tmp_path / "deep" / "out"
-    folder.mkdir(parents=True)
     (folder / "summary.json").write_bytes(SUMMARIES[case])
     arguments = ["experiment", "--model", str(TINY), "--factors", "0.5", "--quiet", "--output", str(folder)]
     for more, expected in ([], (2, 1)), (["--overwrite"], (0, 0)):
@@ -136,7 +168,12 @@ def test_a_hostile_result_file_is_a_sentence(
         with pytest.raises(SystemExit) as stopped:
             cli.run(lambda: typer.run(divergence.main))
         assert (stopped.value.code or 0, capfd.readouterr().err.count("\n")) == expected
-    assert (tmp_path / "x.csv").read_text() == "mine"
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"mine"} == {
+        "x.csv",
+        "notes.txt",
+        "numbers.csv",
+        "thesis.txt",
+    }
     assert json.loads((folder / "summary.json").read_text())["experiment"] == "divergence"
 
 
@@ -222,6 +259,16 @@ def test_a_repository_whose_files_lead_out_of_the_cache_writes_nothing_there(
     assert not Path("/tmp/model-1-of-1.safetensors").exists()
 
 
+def test_a_hub_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and is silent; the client itself has no limit for these requests, and would wait here."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        point_at(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        with pytest.raises(CheckpointError, match="cannot be reached"):
+            hub.find(NAME)
+    huggingface_hub.close_session()
+
+
 # Wrong numbers.
 
 
@@ -245,3 +292,49 @@ def test_weights_that_are_edited_during_a_study_make_its_certificate_void(
         return
     with pytest.raises(parity.CheckError, match="edited after the model was certified"):
         runner.run_prompt(experiment, model, tokenizer)
+
+
+def test_windows_of_edited_weights_are_not_taken_up_by_a_later_run(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("The old man opened the door and saw the sea.\n" * 4)
+    texts = Texts.of(tmp_path / "texts.txt", "text", 8, None, runner.SHORTEST)
+
+    def run(kind: type[Divergence], folder: str) -> runner.Study[Sweep] | None:
+        settings = GridSettings(model=str(TINY), prompt=None, layers=(2,), factors=(0.5,), texts=texts)
+        model, tokenizer = GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY)
+        with ExitStack() as held:
+            return runner.run_over_corpus(kind(settings), model, tokenizer, tmp_path / folder, Ranks(), held)
+
+    with pytest.raises(parity.CheckError, match="edited after"):
+        run(Edited, "out")
+    again, fresh = run(Divergence, "out"), run(Divergence, "fresh")
+    assert again is not None and fresh is not None
+    for name, estimate in again.measured.items():
+        torch.testing.assert_close(estimate.value, fresh.measured[name].value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_checkpoint_that_is_gone_certifies_nothing(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    model = GPT2.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    certificate = parity.certify(model)
+    assert certificate.verdict == "not certified"
+    assert "is not a folder" in certificate.sentence()
+
+
+def test_a_save_that_fails_between_its_files_leaves_the_old_checkpoint(
+    model: GPT2, small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a system that lets no file be replaced while it is mapped."""
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def refuse(self: Path, to: Path) -> Path:
+        if to.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(to))
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        small(seed=1, layer_norm_epsilon=0.5).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

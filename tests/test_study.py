@@ -236,7 +236,8 @@ def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp
 
 
 def test_another_experiments_files_leave_with_its_summary_and_no_name_reaches_further(tmp_path: Path) -> None:
-    for name, pattern in (("skip_layer", ["skip_layer*"]), ("*", []), ("../thesis", []), (None, []), (["a"], [])):
+    own = ["skip_layer.csv", "skip_layer_*.png", "skip_layer_*.svg"]
+    for name, pattern in (("skip_layer", own), ("*", []), ("../thesis", []), (None, []), (["a"], [])):
         (tmp_path / "summary.json").write_text(json.dumps({"experiment": name}))
         assert runner._of_former_run(tmp_path) == pattern
     (tmp_path / "summary.json").write_text("[")
