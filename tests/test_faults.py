@@ -129,14 +129,23 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.fixture(params=KINDS)
-def case_on_disk(
-    request: pytest.FixtureRequest, nursery: Nursery, hub_there: Server, tmp_path: Path, disk: Path
+@pytest.fixture(scope="module", params=KINDS)
+def whole_case_on_disk(
+    request: pytest.FixtureRequest,
+    nursery: Nursery,
+    hub_there: Server,
+    tmp_path_factory: pytest.TempPathFactory,
+    disk: Path,
 ) -> Iterator[Case]:
-    case = case_of(request.param, nursery, hub_there, tmp_path, disk / "out")
-    case.lay_old()
+    case = case_of(request.param, nursery, hub_there, tmp_path_factory.mktemp("on_disk"), disk / "out")
     yield case
     shutil.rmtree(case.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def case_on_disk(whole_case_on_disk: Case) -> Case:
+    whole_case_on_disk.lay_old()
+    return whole_case_on_disk
 
 
 def test_a_full_disk_is_a_sentence_and_where_there_is_room_again_the_work_goes_on(case_on_disk: Case) -> None:
@@ -202,7 +211,7 @@ def remove_at_touch(folder: str, number: str) -> None:
 
 
 def test_a_folder_that_is_removed_meanwhile_is_a_sentence_or_made_again(case: Case) -> None:
-    for touch in Random(0).sample(range(len(case.touches)), 8):
+    for touch in Random(0).sample(range(len(case.touches)), 6):
         case.lay_old()
         code = case.run((remove_at_touch, case.folder, touch))
         if code:
@@ -312,7 +321,7 @@ def hurry(patch: pytest.MonkeyPatch, where: str) -> None:
 
 @only("study", "corpus", "training")
 def test_an_interrupt_says_so_and_the_same_command_goes_on(case: Case) -> None:
-    for touch in Random(0).sample(range(len(case.touches)), 5):
+    for touch in Random(0).sample(range(len(case.touches)), 4):
         case.lay_old()
         assert case.run((signal_at_touch, case.folder, touch, "SIGINT")) == INTERRUPTED, case.said
         assert case.said == "Interrupted.\n"
@@ -418,7 +427,7 @@ def enter(folder: str) -> None:
     os.chdir(folder)
 
 
-@pytest.mark.parametrize("text", ["../../x", "a/b", "con", "a\0b", "a\nb", "/x", "~/x", "x" * 5000, "\udcff", "-", "*"])
+@pytest.mark.parametrize("text", ["../../x", "a/b", "con", "a\0b", "a\nb", "/x", "~/x", "x" * 5000, "\udcff", "-"])
 @only("study")
 def test_no_prompt_and_no_name_of_a_model_leads_out_of_the_output_folder(
     case: Case, hub_there: Server, text: str

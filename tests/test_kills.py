@@ -28,7 +28,7 @@ import pytest
 import torch
 import typer
 
-from experiments import divergence, runner, train
+from experiments import corpus, divergence, runner, train
 from minigpt import GPT2, CheckpointError, GPT2Config, checkpoint, cli, files, hub
 from minigpt.checkpoint import CONFIG, ORIGIN, WEIGHTS
 from minigpt.files import open_tensors
@@ -44,7 +44,7 @@ CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 TOUCHES = CHANGES | {"open", "os.chmod", "os.listdir", "os.scandir", "shutil.rmtree", "shutil.copyfile", "tests.wrote"}
 """And those by which a folder is read, and files in it are written."""
 TRAINING = "--n-layer 1 --n-embd 12 --n-head 2 --n-positions 8 --vocab-size 270 --batch 4 --warmup-steps 10"
-STEPS = 6
+STEPS = 4
 
 Call = tuple[Callable[..., object], *tuple[object, ...]]
 
@@ -159,8 +159,8 @@ def lay_out(home: Path) -> None:
 
 
 def study(output: str, home: str, *options: str) -> None:
-    """The study of a small model, without the drawings, which take longer than all the rest."""
-    runner._draw = lambda *_: None
+    """The study of a small model, without the drawings and with few resamples, which take longer than all the rest."""
+    runner._draw, corpus.RESAMPLES = lambda *_: None, 50
     divergence.can_draw = lambda: False
     own = ["--model", f"{home}/m", "--output", output, "--no-parity", "--no-predictions", "--factors", "0.8"]
     sys.argv = ["study", *own, *options]
