@@ -20,8 +20,9 @@ study: $(READY)
 tour: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m marimo run experiments/tour.py --host 127.0.0.1
 
+# One thread each: the tests share the cores among themselves.
 test: $(READY)
-	$(BIN)/python -m pytest --cov=minigpt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov=minigpt
 
 # The peers bring many packages: they get an environment of their own.
 .venv-bench/.ready: pyproject.toml constraints.txt

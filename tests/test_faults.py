@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from random import Random
@@ -355,7 +356,10 @@ def refuse_steps_before(first: str) -> None:
 @pytest.mark.parametrize(("module", "later"), [("divergence", 0.0), ("divergence", 0.5), ("train", 0.1)])
 def test_an_interrupt_while_a_program_is_still_importing_says_so(tmp_path: Path, module: str, later: float) -> None:
     command = [sys.executable, "-m", f"experiments.{module}", "--output", str(tmp_path / "out")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+    ) as process:
         while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.002)
         time.sleep(later)

@@ -94,6 +94,7 @@ def nurse() -> None:
     """The nursery's life: for calls it answers with a child's process id, for a process id with its exit code."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     torch.set_num_threads(1)
     import_late_modules()
     gc.freeze()  # or every child copies what its first collection looks at
