@@ -136,9 +136,17 @@ def _as_typed(name: str) -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of the module that was run with -m
     module = ["-m", spec.name if spec else f"experiments.{name}", *sys.argv[1:]]
     if not dist.is_torchelastic_launched():
-        return shlex.join(["python", *module])
-    launcher = shlex.join(["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *module])
+        return _quoted("python", *module)
+    launcher = _quoted("torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *module)
     return f"OMP_NUM_THREADS={torch.get_num_threads()} {launcher}"
+
+
+def _quoted(*words: str) -> str:
+    """A shell's command line; a word that could steer the terminal into which it is pasted is written out as $'...'."""
+    escaped = ["".join(f"\\U{ord(it):08x}" if it in "\\'" or not it.isprintable() else it for it in w) for w in words]
+    return " ".join(
+        shlex.quote(word) if word.isprintable() else f"$'{safe}'" for word, safe in zip(words, escaped, strict=True)
+    )
 
 
 def _run(

@@ -287,7 +287,9 @@ def measure_corpus(
     missing = [number for number in range(shards_of(windows)) if number not in finished]
     mine = set(missing[ranks.rank :: ranks.world])
     hidden = quiet or ranks.rank > 0 or None  # None: hidden where there is no terminal
-    with tqdm(total=windows, initial=len(finished) * SHARD_WINDOWS, unit="window", leave=False, disable=hidden) as bar:
+    with tqdm(
+        total=windows, initial=min(windows, len(finished) * SHARD_WINDOWS), unit="window", leave=False, disable=hidden
+    ) as bar:
         for number, shard in enumerate(batched(texts.windows(tokenizer))):
             if number in mine:
                 shards.write(number, measure(shard))

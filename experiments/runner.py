@@ -415,7 +415,7 @@ def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterat
     )
     yield f"{settings.model} ({shape}, {settings.dtype}, {settings.device}), {ran}"
     if study.tokens:
-        yield f"  {' | '.join(map(printable, study.tokens))}"
+        yield "  " + printable(" | ".join(study.tokens)).replace("\n", "\\n").replace("\t", "\\t")
     yield f"parity: {checked.certificate.sentence() if checked.certificate else 'not checked (--no-parity)'}"
     if checked.checks:
         yield "checks, all hold:"

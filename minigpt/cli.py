@@ -55,6 +55,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in DEVICES:
         raise ValueError(f"The device is {name!r}; expected one of {', '.join(DEVICES)}, or auto.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("The device 'mps' cannot be used here: PyTorch finds none.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -177,7 +177,7 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     if isinstance(texts, Tensor):
         full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
         return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
-    if not all(isinstance(text, Sequence) for text in texts):
+    if isinstance(texts, str) or not all(isinstance(text, Sequence) and not isinstance(text, str) for text in texts):
         raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
     lengths = [len(text) for text in texts]
     if not lengths or not min(lengths):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import typer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from experiments import divergence, runner
+from experiments import commandline, divergence, runner
 from experiments.corpus import Ranks, Shards
 from experiments.divergence import Divergence, GridSettings
 from experiments.texts import Texts
@@ -338,3 +339,15 @@ def test_a_save_that_fails_between_its_files_leaves_the_old_checkpoint(
     with pytest.raises(CheckpointError, match="cannot be written"):
         small(seed=1, layer_norm_epsilon=0.5).save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_command_to_repeat_a_run_can_be_pasted_into_a_shell_whatever_its_prompt_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = "it's \x1b[201~ \u202e a\tnew\nline \\ é"
+    monkeypatch.setattr(sys, "argv", ["experiment", "--prompt", prompt, "--factors", "0.5"])
+    command = commandline._as_typed("divergence")
+    assert command.isprintable()
+    shown = f"printf '%s\\0' {command}"
+    words = subprocess.run(["bash", "-c", shown], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
+    assert words.decode().split("\0")[-4:-1] == [prompt, "--factors", "0.5"]

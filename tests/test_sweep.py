@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -460,6 +461,12 @@ def test_a_stream_that_overflows_says_where_first_and_under_which_factor(
 def test_a_model_that_is_not_clean_is_refused(model: GPT2, ids: Tensor) -> None:
     with scaled(model, {"blocks.0.mlp_scale": 0.5}), pytest.raises(ValueError, match=r"blocks\.0\.mlp_scale"):
         sweep(model, ids)
+
+
+@pytest.mark.parametrize("texts", ["The old man", ["The old man", "a door"]])
+def test_texts_that_are_not_encoded_are_a_sentence(model: GPT2, texts: Any) -> None:
+    with pytest.raises(ValueError, match="not lists of token ids"):
+        sweep(model, texts)
 
 
 # A pass that runs out of memory.
