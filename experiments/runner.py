@@ -260,7 +260,19 @@ def run_over_corpus(
     )
     if not tried:
         return None
-    raw, checked = tried[0]
+    return _combined(experiment, model, tokenizer, shards, counts, *tried[0])
+
+
+def _combined(
+    experiment: Experiment[Raw],
+    model: GPT2,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    counts: dict[str, int],
+    raw: Raw,
+    checked: Checked,
+) -> Study[Raw]:
+    """The study that all shards make together; raises as `run_over_corpus` does."""
     try:
         _still_certified(checked.certificate, model)
     except parity.CheckError:
@@ -269,7 +281,7 @@ def run_over_corpus(
     measured = of_windows(shards.combine(counts["windows"]))
     if measured.keys() != experiment.measure(model, raw).keys():
         raise ValueError(f"{shards.folder} holds windows that another version measured; remove it and run again.")
-    return Study(settings, describe(model), [], counts, checked, measured, raw, tokenizer)
+    return Study(experiment.settings, describe(model), [], counts, checked, measured, raw, tokenizer)
 
 
 def _identity(experiment: Experiment[Any], model: GPT2) -> dict[str, Any]:
