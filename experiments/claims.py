@@ -35,7 +35,7 @@ from experiments.verdicts import (
     within,
 )
 from minigpt import Sweep
-from minigpt.divergence import Measure
+from minigpt.measures import Measure
 
 DILUTED = (
     "The change grows, but the stream outgrows it, so that in direction, which is all that a block reads, it shrinks: "

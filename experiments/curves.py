@@ -9,8 +9,8 @@ from torch import Tensor
 from experiments.estimates import Axis, Estimate, Row, axis
 from experiments.verdicts import describe_entry
 from minigpt import Sweep
-from minigpt.divergence import MEASURES, OF_PREDICTIONS, POSITION_SETS, Measure, PositionSet
-from minigpt.scales import Site
+from minigpt.measures import MEASURES, OF_PREDICTIONS, POSITION_SETS, Measure, PositionSet
+from minigpt.parameters import Site
 
 
 def measure(result: Sweep) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def measure(result: Sweep) -> dict[str, Tensor]:
     statistics = result.statistics
     names = [name for name in MEASURES if statistics.predictions or name not in OF_PREDICTIONS]
     values = [[statistics.measure(name, positions) for name in names] for positions in POSITION_SETS]
-    first, others = statistics.clean[..., :1].sqrt(), statistics.clean[..., 1:].sqrt()
+    first, others = statistics.clean_sq[..., :1].sqrt(), statistics.clean_sq[..., 1:].sqrt()
     mean = others.sum(-1, keepdim=True) / (result.lengths[:, None] - 1)
     norms = torch.cat([first, mean, others.square().sum(-1, keepdim=True).sqrt()], -1)  # [place, text, 3]
     return {

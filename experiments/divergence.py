@@ -27,8 +27,8 @@ from experiments.figures import Figures
 from experiments.runner import SHORTEST, Checked, Experiment, Ids, Settings, Start, Study, can_draw, self_checked
 from experiments.verdicts import Verdict, describe_entry
 from minigpt import GPT2, Sweep, sweep
-from minigpt.fanout import Place
-from minigpt.scales import Site, check_site
+from minigpt.engine import Place
+from minigpt.parameters import Site, check_site
 from minigpt.selfcheck import rounding_errors
 from minigpt.sweep import StreamOverflowError
 

@@ -11,7 +11,7 @@ from experiments.estimates import Estimate
 from experiments.figures import Control, Figure, Figures, likeliest_cells, place_names, rounded, token_labels
 from experiments.runner import Study
 from minigpt import Sweep
-from minigpt.divergence import POSITION_SETS, UNITS, Measure
+from minigpt.measures import POSITION_SETS, UNITS, Measure
 
 SHOWN: dict[Measure, str] = {
     "frobenius": "norm of the change (frobenius)",
@@ -282,7 +282,7 @@ class Shown:
                     yield {"entry": name, "positions": positions, "metric": metric, "value": numbers}
 
     def _tokens(self, whole: Sweep) -> Iterator[dict[str, Any]]:
-        norms = whole.statistics.difference[:, :, :, 0].sqrt()
+        norms = whole.statistics.difference_sq[:, :, :, 0].sqrt()
         for entry, factor, named in self._cells():
             for position, label in enumerate(token_labels(self.study.tokens)):
                 numbers = rounded(norms[entry, factor, :, position].tolist())

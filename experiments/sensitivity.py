@@ -19,8 +19,8 @@ from experiments.estimates import Estimate, Row, axis
 from experiments.figures import Control, Figure, Figures, place_names, rounded
 from experiments.runner import Experiment, Ids, Settings, Start, Study
 from minigpt import GPT2, Sensitivity, sensitivity
-from minigpt.divergence import OF_PREDICTIONS, POSITION_SETS, Measure
-from minigpt.scales import SITES, Site, check_site
+from minigpt.measures import OF_PREDICTIONS, POSITION_SETS, Measure
+from minigpt.parameters import SITES, Site, check_site
 from minigpt.sensitivity import SENSITIVITIES
 
 UNITS: dict[str, str] = {"kl": "nats per (log s)^2", "correlation": "per (log s)^2", "loss_change": "nats per log s"}

@@ -22,7 +22,7 @@ from experiments.figures import Control, Figure, Figures, place_names, rounded
 from experiments.runner import Checked, Experiment, Ids, Settings, Start, Study
 from experiments.verdicts import Decision, Verdict
 from minigpt import GPT2, Comparison, compare, parity
-from minigpt.divergence import POSITION_SETS, Measure, PositionSet
+from minigpt.measures import POSITION_SETS, Measure, PositionSet
 
 MEASURES: tuple[Measure, ...] = ("frobenius", "relative", "gauge_free", "kl", "loss_change", "changed")
 COSTS: dict[Measure, str] = {
@@ -77,10 +77,10 @@ class SkipLayer(Experiment[Comparison]):
         """`values` [text, set, measure, intervention, place]; `steps` [text, 1 + intervention, block], the norm, over
         all positions but the first, of what every block adds, the clean run's first; `added` [text, intervention],
         the largest norm that a skipped block adds at any position."""
-        values = [[raw.statistics.measure(name, of)[:, 0] for name in MEASURES] for of in POSITION_SETS]
-        steps = torch.cat([raw.clean_steps[None], raw.steps])[..., 1:].sum(-1).sqrt()
+        values = [[raw.measure(name, of) for name in MEASURES] for of in POSITION_SETS]
+        steps = torch.cat([raw.clean_steps_sq[None], raw.steps_sq])[..., 1:].sum(-1).sqrt()
         added = torch.stack(
-            [of[list(blocks)].amax((0, 2)) for of, blocks in zip(raw.steps, self.skipped.values(), strict=True)]
+            [of[list(blocks)].amax((0, 2)) for of, blocks in zip(raw.steps_sq, self.skipped.values(), strict=True)]
         )
         return {
             "values": torch.stack([torch.stack(of) for of in values]).movedim(-1, 0),
@@ -90,7 +90,7 @@ class SkipLayer(Experiment[Comparison]):
 
     def check(self, model: GPT2, raw: Comparison) -> Checked:  # noqa: ARG002
         """A skipped block must add exactly nothing, in every text; CheckError when it does."""
-        added = [float(raw.steps[row, list(blocks)].max()) for row, blocks in enumerate(self.skipped.values())]
+        added = [float(raw.steps_sq[row, list(blocks)].max()) for row, blocks in enumerate(self.skipped.values())]
         if max(added) != 0:
             raise parity.CheckError(f"a skipped block adds {max(added) ** 0.5} to the stream; expected exactly 0.")
         claim = "a skipped block adds exactly nothing to the stream, at every position"

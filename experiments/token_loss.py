@@ -35,8 +35,8 @@ from experiments.verdicts import (
     within,
 )
 from minigpt import GPT2, Sweep, Tokenizer, sweep
+from minigpt.parameters import Site, check_site
 from minigpt.predictions import fit_temperature
-from minigpt.scales import Site, check_site
 
 PROMPT, TARGET = "She took his hand and looked into his", " face"
 MEASURES = (
@@ -300,7 +300,7 @@ CLAIMS = (
 
 def _temperatures(model: GPT2, result: Sweep) -> dict[str, Tensor]:
     """The best single temperature for each text and cell, and what it leaves: [layer, factor, text] each."""
-    scaled, shape, fits = result.statistics.predictions, result.statistics.difference.shape[:2], []
+    scaled, shape, fits = result.statistics.predictions, result.statistics.difference_sq.shape[:2], []
     if scaled is None:
         raise ValueError("This sweep kept no predictions; run it with predictions=True.")
     for text, length in enumerate(result.lengths.tolist()):

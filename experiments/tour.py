@@ -36,8 +36,8 @@ with app.setup:
     from experiments.runner import PROMPT
     from experiments.verdicts import Verdict
     from minigpt import GPT2, Sweep, Tokenizer, compare, scaled, sweep
-    from minigpt.divergence import Statistics
-    from minigpt.scales import scale_name
+    from minigpt.measures import Statistics
+    from minigpt.parameters import scale_name
 
     TINY = Path(__file__).parents[1] / "weights" / "tiny"
     FINAL = "final norm"
@@ -798,7 +798,7 @@ def first_token_chart(result: Sweep, names: Sequence[str]) -> Any:
 @app.function
 def clean_norms_chart(result: Sweep, names: Sequence[str]) -> Any:
     """The clean stream's norm: of position 0, and the mean of the others."""
-    norms = result.statistics.clean[:, 0].sqrt()
+    norms = result.statistics.clean_sq[:, 0].sqrt()
     colours = {"position 0": ORANGE, "mean of the others": GREY}
     rows = [
         *rows_of(norms[:, 0], names, series="position 0"),
@@ -839,7 +839,7 @@ def _():
       collections of texts. One sentence proves little.
     - `.venv/bin/minigpt generate weights/tiny --prompt "The old man" --scale blocks.2.output_scale=0.5` writes a text
       with a scale changed.
-    - `minigpt/divergence.py` says of every measure what it is for and what it cannot see.
+    - `minigpt/measures.py` says of every measure what it is for and what it cannot see.
     - The README has ten lines of Python to start from, and an intervention with several scales at once.
     """)
     return

@@ -1,10 +1,10 @@
 """GPT-2 by hand, with a scale on every block, head and sublayer."""
 
+from minigpt.compare import Comparison, compare
 from minigpt.config import CheckpointError, GPT2Config
 from minigpt.generate import generate
-from minigpt.interventions import Comparison, compare
 from minigpt.model import GPT2
-from minigpt.scales import scaled
+from minigpt.parameters import scaled
 from minigpt.sensitivity import Sensitivity, sensitivity
 from minigpt.sweep import Sweep, sweep
 from minigpt.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from minigpt.doctor import Finding, examine
 from minigpt.files import printable
 from minigpt.generate import generate
 from minigpt.model import GPT2
-from minigpt.scales import scaled
+from minigpt.parameters import scaled
 from minigpt.tokenizer import Tokenizer
 
 app = typer.Typer(

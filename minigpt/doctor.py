@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt import parity
-from minigpt.fanout import is_out_of_memory
+from minigpt.engine import is_out_of_memory
 from minigpt.model import GPT2
 from minigpt.selfcheck import self_check
 from minigpt.sweep import sweep
@@ -141,7 +141,7 @@ def _repeated(model: GPT2) -> tuple[str, bool]:
     ids = _ids(model)
 
     def once() -> tuple[Tensor, Tensor]:
-        return model(ids), sweep(model, ids, [0], FACTORS).statistics.difference
+        return model(ids), sweep(model, ids, [0], FACTORS).statistics.difference_sq
 
     first = once()
     same = all(

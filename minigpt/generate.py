@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minigpt.cache import KeyValueCache
 from minigpt.model import GPT2
-from minigpt.scales import current_scales, scales_not_one
+from minigpt.parameters import current_scales, scales_not_one
 
 
 def generate(

@@ -28,7 +28,7 @@ from minigpt.config import OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
 from minigpt.model import GPT2
-from minigpt.scales import scales_not_one
+from minigpt.parameters import scales_not_one
 
 REFERENCE = "reference.safetensors"
 TOLERANCES = {

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigpt.divergence import squared_norms
+from minigpt.measures import squared_norms
 from minigpt.model import GPT2
-from minigpt.scales import scale_name, scaled
+from minigpt.parameters import scale_name, scaled
 from minigpt.sweep import Sweep, sweep
 
 JUMP_ROUNDINGS = 4
@@ -92,7 +92,7 @@ def _real(result: Sweep) -> Tensor:
 
 def _rows_scaled(result: Sweep) -> Check:
     """Every scaled position of every row of every cell must differ at the site, and nothing of factor 1."""
-    differs = _at_site(result, result.statistics.difference) > 0
+    differs = _at_site(result, result.statistics.difference_sq) > 0
     applied = torch.stack([_applied(result, factor) for factor in result.factors]) != 1
     expected = (applied[:, None] & _real(result)).expand_as(differs)
     unchanged = torch.tensor([factor == 1 for factor in result.factors])[:, None, None]
@@ -105,8 +105,8 @@ def _rows_scaled(result: Sweep) -> Check:
 def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
     as_applied = torch.tensor(result.factors, dtype=dtype).tolist()
     factors = torch.stack([_applied(result, factor) for factor in as_applied])[:, None]  # [factor, 1, position]
-    norm = result.statistics.clean[torch.tensor(result.layers) + 1].sqrt()[:, None]
-    departure = (_at_site(result, result.statistics.difference).sqrt() - (factors - 1).abs() * norm).abs()
+    norm = result.statistics.clean_sq[torch.tensor(result.layers) + 1].sqrt()[:, None]
+    departure = (_at_site(result, result.statistics.difference_sq).sqrt() - (factors - 1).abs() * norm).abs()
     in_float64 = torch.finfo(torch.float64).eps / rounding
     allowed = norm * (factors.abs() + (factors - 1).abs() * in_float64)
     relative = departure / allowed.clamp_min(torch.finfo(torch.float64).tiny)
@@ -127,7 +127,7 @@ def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list
     if result.heads is not None:
         ones = torch.ones(len(scale), model.config.n_head, dtype=torch.float64)
         scale = ones.index_copy_(1, torch.tensor([result.heads[entry]]), scale)
-    real, in_pass = _real(result), result.statistics.difference[entry, farthest]
+    real, in_pass = _real(result), result.statistics.difference_sq[entry, farthest]
     upstream, error = 0.0, 0.0
     with scaled(model, {scale_name(layer, result.site): scale[None]}):
         for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minigpt.divergence import MEASURES, Measure, PositionSet, Statistics, inner_products, squared_norms
-from minigpt.fanout import rows_at_once
+from minigpt.engine import rows_at_once
+from minigpt.measures import MEASURES, Measure, PositionSet, Statistics, inner_products, squared_norms
 from minigpt.model import GPT2, Block
+from minigpt.parameters import SITES, Site, check_site, scale_name, scaled, scales_not_one
 from minigpt.predictions import CHUNK, Predictions
-from minigpt.scales import SITES, Site, check_site, scale_name, scaled, scales_not_one
 from minigpt.sweep import padded
 
 NONE: tuple[Measure, ...] = ("changed", "cosine")
@@ -100,10 +100,10 @@ def _as_statistics(
     fisher, loss, correlation = predicted
     return Statistics(
         tuple(layers.tolist()),
-        difference=change,
-        scaled=clean.expand_as(change),
+        difference_sq=change,
+        run_sq=clean.expand_as(change),
         inner=clean + along,
-        clean=clean,
+        clean_sq=clean,
         lengths=lengths,
         written=written * answers,
         predictions=replace(flat, kl=fisher, loss=loss, correlation=correlation),

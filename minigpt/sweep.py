@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minigpt.divergence import WRITTEN, Statistics
-from minigpt.fanout import Cell, Grid, Place, plan, run_passes
+from minigpt.engine import Cell, Grid, Place, plan, run_passes
 from minigpt.files import open_tensors, write_tensors
+from minigpt.measures import WRITTEN, Measure, PositionSet, Statistics
 from minigpt.model import GPT2
+from minigpt.parameters import Site, check_site
 from minigpt.predictions import Predictions
-from minigpt.scales import Site, check_site
 
 DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
 """0.5 to 1.5 in steps of 0.05."""
@@ -65,6 +65,10 @@ class Sweep:
         chosen = tuple(self.layers[entry] for entry in entries)
         return replace(self, layers=chosen, heads=heads, statistics=self.statistics.of_entries(entries))
 
+    def measure(self, name: Measure, positions: PositionSet) -> Tensor:
+        """A measure by name over a set of positions: [layer, factor, place, batch]; raises as `Statistics.measure`."""
+        return self.statistics.measure(name, positions)
+
     def _entries_of(self, layer: int) -> list[int]:
         found = [entry for entry, other in enumerate(self.layers) if other == layer]
         if not found:
@@ -112,16 +116,16 @@ class Sweep:
     def _check_shapes(self) -> None:
         """Raise ValueError unless every tensor has the shape that the grid asks for, as those of a file may not."""
         check_site(self.site)
-        found, places = self.statistics, tuple(self.statistics.clean.shape)
+        found, places = self.statistics, tuple(self.statistics.clean_sq.shape)
         cells = (len(self.layers), len(self.factors), *places)
-        expected = {"difference": cells, "scaled": cells, "inner": cells, "written": (len(WRITTEN), *cells)}
+        expected = {"difference_sq": cells, "run_sq": cells, "inner": cells, "written": (len(WRITTEN), *cells)}
         expected["lengths"] = places[1:2]
         wrong = [name for name, shape in expected.items() if tuple(getattr(found, name).shape) != shape]
         if wrong or len(places) != 3 or tuple(self.ids.shape) != places[1:]:
             raise ValueError(f"{', '.join(wrong or ['ids'])} of another shape than its grid")
 
 
-_TENSORS = ("difference", "scaled", "inner", "clean", "lengths", "written")
+_TENSORS = ("difference_sq", "run_sq", "inner", "clean_sq", "lengths", "written")
 _PREDICTIONS = ("predictions", "clean_predictions")
 _SETTINGS = ("site", "layers", "heads", "factors", "positions")
 

@@ -34,25 +34,25 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("numpy", "pytest", "hypothesis", "torch.func", "torch._dynamo", "safetensors.torch", "tokenizers", "typer")
 HEAVY += ("transformers.models.gpt2.modeling_gpt2", "transformers.generation", "huggingface_hub.hf_api")
 QUICK = {
-    "model.py": ("test_model", "test_scales", "test_sweep", "test_divergence"),
-    "scales.py": ("test_scales", "test_sweep", "test_divergence"),
-    "sweep.py": ("test_sweep", "test_predictions", "test_divergence"),
-    "divergence.py": ("test_divergence", "test_sweep", "test_predictions"),
+    "model.py": ("test_model", "test_parameters", "test_sweep", "test_measures"),
+    "parameters.py": ("test_parameters", "test_sweep", "test_measures"),
+    "sweep.py": ("test_sweep", "test_predictions", "test_measures"),
+    "measures.py": ("test_measures", "test_sweep", "test_predictions"),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
 OTHERS = {
     "model.py": (
         "test_predictions",
-        "test_interventions",
+        "test_compare",
         "test_sensitivity",
         "test_checkpoint",
         "test_generate",
         "test_parity",
         "test_hub",
     ),
-    "scales.py": ("test_model", "test_predictions", "test_interventions", "test_sensitivity", "test_checkpoint"),
-    "sweep.py": ("test_interventions", "test_sensitivity", "test_generate"),
-    "divergence.py": ("test_interventions", "test_sensitivity", "test_generate"),
+    "parameters.py": ("test_model", "test_predictions", "test_compare", "test_sensitivity", "test_checkpoint"),
+    "sweep.py": ("test_compare", "test_sensitivity", "test_generate"),
+    "measures.py": ("test_compare", "test_sensitivity", "test_generate"),
 }
 """The tests that run on a mutant when those pass."""
 SLOW = ("measured_peak", "runs_out_of_memory_is_halved_and_says_so", "full_shape", "published_figures")
@@ -242,26 +242,24 @@ _WHERE = (
 _COMPARE, _NUMBER = "ReplaceComparisonOperator_", "NumberReplacer"
 
 EQUIVALENT = (
-    Equivalent("divergence.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
+    Equivalent("measures.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
+    Equivalent("measures.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."),
     Equivalent(
-        "divergence.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."
-    ),
-    Equivalent(
-        "divergence.py",
+        "measures.py",
         f"{_COMPARE}Gt_NotEq",
-        "return self._mean(sine.where(self.scaled > 0, 1.0), positions)",
+        "return self._mean(sine.where(self.run_sq > 0, 1.0), positions)",
         "!= 0",
         "A squared norm is not negative, and a sweep refuses streams that are not finite.",
     ),
     Equivalent(
-        "divergence.py",
+        "measures.py",
         f"{_COMPARE}Gt_GtE",
-        "longer = self.scaled > self.clean",
+        "longer = self.run_sq > self.clean_sq",
         ">=",
         "Where both norms are equal, the two differences are each other's negative, and are squared.",
     ),
-    Equivalent("divergence.py", "ReplaceUnaryOperator_USub_UAdd", _MEAN, "real.sum(+1)", _TWO_AXES),
-    Equivalent("divergence.py", "ReplaceUnaryOperator_Delete_USub", _MEAN, "real.sum(1)", _TWO_AXES),
+    Equivalent("measures.py", "ReplaceUnaryOperator_USub_UAdd", _MEAN, "real.sum(+1)", _TWO_AXES),
+    Equivalent("measures.py", "ReplaceUnaryOperator_Delete_USub", _MEAN, "real.sum(1)", _TWO_AXES),
     Equivalent("sweep.py", f"{_COMPARE}Eq_GtE", _FULL, ">= 2", _REFUSED),
     Equivalent("sweep.py", _NUMBER, _FULL, "else 1", _REFUSED),
     Equivalent("sweep.py", _NUMBER, _FULL, "else -1", _REFUSED),

@@ -348,7 +348,7 @@ def test_windows_that_another_version_measured_are_a_sentence(
     measure = skip_layer.SkipLayer.measure
 
     def other(self: skip_layer.SkipLayer, model: GPT2, raw: Comparison) -> dict[str, torch.Tensor]:
-        return {**measure(self, model, raw), "more": raw.clean_steps}
+        return {**measure(self, model, raw), "more": raw.clean_steps_sq}
 
     monkeypatch.setattr(skip_layer.SkipLayer, "measure", other)
     code, _, err = run("skip_layer", *arguments)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minigpt import GPT2, Sweep, scaled, sweep
-from minigpt.divergence import MEASURES, POSITION_SETS
-from minigpt.scales import SITES, Site
+from minigpt.measures import MEASURES, POSITION_SETS
+from minigpt.parameters import SITES, Site
 from minigpt.selfcheck import self_check
 from minigpt.sweep import StreamOverflowError
 from tests.conftest import ROOT, TINY
@@ -70,7 +70,7 @@ def test_the_oracles_hold_under_extreme_factors(model: GPT2, ids: Tensor, site: 
 
 def test_the_jump_is_exact_from_a_millionth_to_a_million(model: GPT2, ids: Tensor) -> None:
     result = sweep(model, ids, (1,), FACTORS)
-    clean = result.statistics.clean[2].sum(-1).sqrt()
+    clean = result.statistics.clean_sq[2].sum(-1).sqrt()
     for index, factor in enumerate(FACTORS):
         jump = result.frobenius(skip=0)[0, index, 2]
         torch.testing.assert_close(jump, abs(factor - 1) * clean, rtol=1e-12, atol=0.0)
@@ -96,7 +96,7 @@ def test_streams_near_the_norms_epsilon_and_far_below_it_give_finite_numbers(
             if "embedding" in name or name.endswith(("projection.weight", "projection.bias")):
                 weight *= size
     result = sweep(model, ids, (0, 3), (0.0, 0.5, -2.0), predictions=True)
-    assert result.statistics.clean[:-1].max().sqrt() < 40 * size
+    assert result.statistics.clean_sq[:-1].max().sqrt() < 40 * size
     assert_finite(result)
     assert self_check(model, result).broken == []
 
@@ -111,7 +111,7 @@ def test_a_stream_of_zeros_has_no_relative_change_and_no_warning(small: Callable
                 layer.weight.zero_()
                 layer.bias.zero_()
     result = sweep(model, ids, (1,), (0.5,))
-    assert (result.statistics.difference == 0).all()
+    assert (result.statistics.difference_sq == 0).all()
     assert (result.statistics.measure("frobenius", "all") == 0).all()
     broken = self_check(model, result).broken
     assert [check.claim.partition(" rows")[0] for check in broken] == ["all 1 scaled"]  # scaling zeros changes none
@@ -181,6 +181,6 @@ def test_a_study_that_overflows_is_a_sentence_and_leaves_nothing(tmp_path: Path)
 def test_what_counts_as_finite_would_notice_a_number_that_is_not(model: GPT2, ids: Tensor) -> None:
     result = sweep(model, ids, (0,), (0.5,), predictions=True)
     assert_finite(result)
-    result.statistics.difference[0, 0, 2, 0, 3] = math.nan
+    result.statistics.difference_sq[0, 0, 2, 0, 3] = math.nan
     with pytest.raises(AssertionError, match="frobenius over all"):
         assert_finite(result)

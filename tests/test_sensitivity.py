@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from minigpt import GPT2, scaled, sensitivity, sweep
-from minigpt.divergence import POSITION_SETS, Measure
-from minigpt.scales import SITES, Site
+from minigpt.measures import POSITION_SETS, Measure
+from minigpt.parameters import SITES, Site
 from minigpt.sensitivity import SENSITIVITIES
 
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]]

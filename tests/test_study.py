@@ -21,8 +21,8 @@ from experiments.curves import Curves
 from experiments.estimates import Estimate, Estimates, of_text
 from experiments.verdicts import Decision, Verdict
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
-from minigpt.divergence import Statistics, inner_products, squared_norms
 from minigpt.files import open_tensors
+from minigpt.measures import Statistics, inner_products, squared_norms
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -267,7 +267,7 @@ def test_a_sweep_that_contradicts_the_oracles_ends_with_exit_code_1(
 ) -> None:
     def broken(*arguments: Any, **named: Any) -> Sweep:
         result = sweep(*arguments, **named)
-        result.statistics.difference[:, 0, 3] *= 1.01
+        result.statistics.difference_sq[:, 0, 3] *= 1.01
         return result
 
     monkeypatch.setattr(divergence, "sweep", broken)

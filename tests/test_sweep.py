@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt import GPT2, Sweep, scaled, sweep
-from minigpt.divergence import MEASURES, POSITION_SETS
-from minigpt.fanout import Grid, Pass, Place, estimate_bytes, free_bytes, plan
-from minigpt.scales import SITES, Site, scale_name
+from minigpt.engine import Grid, Pass, Place, estimate_bytes, free_bytes, plan
+from minigpt.measures import MEASURES, POSITION_SETS
+from minigpt.parameters import SITES, Site, scale_name
 from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS, StreamOverflowError, padded
 from tests.conftest import ROOT, SMALL
@@ -46,10 +46,10 @@ def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, sit
             value = factor if head is None else torch.ones(3).index_fill(0, torch.tensor(head), factor)
             clean, changed = alone(model, ids, scale_name(layer, site), value)
             statistics = result.statistics
-            torch.testing.assert_close(statistics.difference[i, j], (changed - clean).square().sum(-1), **SAME)
-            torch.testing.assert_close(statistics.scaled[i, j], changed.square().sum(-1), **SAME)
+            torch.testing.assert_close(statistics.difference_sq[i, j], (changed - clean).square().sum(-1), **SAME)
+            torch.testing.assert_close(statistics.run_sq[i, j], changed.square().sum(-1), **SAME)
             torch.testing.assert_close(statistics.inner[i, j], (changed * clean).sum(-1), **SAME)
-            torch.testing.assert_close(statistics.clean, clean.square().sum(-1), **SAME)
+            torch.testing.assert_close(statistics.clean_sq, clean.square().sum(-1), **SAME)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -62,10 +62,10 @@ def test_positions_that_alone_are_scaled_are_a_column_of_the_scale(
     for j, factor in enumerate(FACTORS):
         scale[:, positions, -1] = factor
         clean, changed = alone(model, ids, scale_name(1, site), scale)
-        torch.testing.assert_close(result.statistics.difference[0, j], (changed - clean).square().sum(-1), **SAME)
+        torch.testing.assert_close(result.statistics.difference_sq[0, j], (changed - clean).square().sum(-1), **SAME)
     assert not broken(model, result)
     # fact 5: what comes before the first scaled position cannot know of it; the pass's products may round otherwise
-    assert result.statistics.difference[..., : positions[0]].sum() < 1e-24
+    assert result.statistics.difference_sq[..., : positions[0]].sum() < 1e-24
 
 
 def test_texts_of_different_lengths_are_what_each_is_alone(model: GPT2, ids: Tensor) -> None:
@@ -93,15 +93,15 @@ def test_padding_counts_nowhere_whatever_stands_in_it(
     monkeypatch.setattr(sys.modules["minigpt.sweep"], "pad_sequence", partial(pad_sequence, padding_value=96))
     after = sweep(model, texts, (1,), FACTORS)
     assert after.ids[0, 5] == 96
-    assert torch.equal(before.difference, after.statistics.difference)
-    assert not after.statistics.clean[:, 0, 4:].any()
+    assert torch.equal(before.difference_sq, after.statistics.difference_sq)
+    assert not after.statistics.clean_sq[:, 0, 4:].any()
 
 
 def test_a_stream_that_sees_the_padding_would_be_noticed(model: GPT2, ids: Tensor) -> None:
     text = ids[:1, :4]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)  # on the left: every position sees it
-    on_the_left = sweep(model, padded, (1,), FACTORS).statistics.difference[..., 3:]
-    assert not torch.allclose(on_the_left, sweep(model, text, (1,), FACTORS).statistics.difference, **SAME)
+    on_the_left = sweep(model, padded, (1,), FACTORS).statistics.difference_sq[..., 3:]
+    assert not torch.allclose(on_the_left, sweep(model, text, (1,), FACTORS).statistics.difference_sq, **SAME)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -143,7 +143,7 @@ def test_only_the_blocks_that_remain_are_run(model: GPT2, ids: Tensor, site: Sit
 MEASURED = """
 import sys, torch
 from minigpt import GPT2, GPT2Config
-from minigpt.fanout import Grid, estimate_bytes, plan
+from minigpt.engine import Grid, estimate_bytes, plan
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -183,7 +183,7 @@ def test_what_is_free_is_less_than_the_machine_has(tmp_path: Path) -> None:
 
 def test_a_sweep_of_another_layer_is_not_the_same(model: GPT2, ids: Tensor) -> None:
     clean, changed = alone(model, ids, "blocks.2.output_scale", 0.5)
-    wrong = sweep(model, ids, (1,), (0.5,)).statistics.difference[0, 0]
+    wrong = sweep(model, ids, (1,), (0.5,)).statistics.difference_sq[0, 0]
     assert not torch.allclose(wrong, (changed - clean).square().sum(-1), **SAME)
 
 
@@ -200,9 +200,9 @@ def test_frobenius_has_the_contracts_axes_and_leaves_positions_out(model: GPT2, 
 def test_factor_1_and_places_before_the_site_are_exactly_clean(model: GPT2, ids: Tensor) -> None:
     statistics = sweep(model, ids, (2,), FACTORS).statistics
     assert sweep(model, ids, (2,), FACTORS).not_run == (1.0,)
-    assert not statistics.difference[0, 1].any()
-    assert not statistics.difference[0, :, :3].any()
-    assert (statistics.difference[0, [0, 2, 3], 3:] > 0).all()
+    assert not statistics.difference_sq[0, 1].any()
+    assert not statistics.difference_sq[0, :, :3].any()
+    assert (statistics.difference_sq[0, [0, 2, 3], 3:] > 0).all()
 
 
 def test_the_default_is_every_layer_and_21_factors(model: GPT2, ids: Tensor) -> None:
@@ -229,7 +229,7 @@ def broken(model: GPT2, result: Sweep) -> list[str]:
 
 def test_self_check_notices_a_jump_that_is_off(model: GPT2, ids: Tensor) -> None:
     result = sweep(model, ids, (1,), FACTORS)
-    result.statistics.difference[0, 0, 2] *= 1 + 1e-12  # float64: a few roundings
+    result.statistics.difference_sq[0, 0, 2] *= 1 + 1e-12  # float64: a few roundings
     assert broken(model, result) == ["the jump"]
 
 
@@ -240,7 +240,7 @@ def test_in_half_precision_self_check_still_notices_a_jump_twice_too_large(
     model = small(dtype=dtype)
     result = sweep(model, ids, (1,), (0.95,))
     assert not broken(model, result)
-    result.statistics.difference[0, 0, 2] *= 4
+    result.statistics.difference_sq[0, 0, 2] *= 4
     assert "the jump" in broken(model, result)
 
 
@@ -251,20 +251,20 @@ def test_in_half_precision_self_check_still_notices_a_jump_twice_too_large(
 )
 def test_self_check_notices_rows_that_were_not_scaled(model: GPT2, ids: Tensor, unscaled: tuple[object, ...]) -> None:
     result = sweep(model, ids, (1, 2), FACTORS, "mlp")
-    result.statistics.difference[unscaled] = 0
+    result.statistics.difference_sq[unscaled] = 0
     assert "all 6" in broken(model, result)
 
 
 def test_self_check_notices_a_factor_1_that_changed_something(model: GPT2, ids: Tensor) -> None:
     result = sweep(model, ids, (1,), FACTORS, "mlp")
-    result.statistics.difference[0, 1, 2, 0, 3] = 1e-9
+    result.statistics.difference_sq[0, 1, 2, 0, 3] = 1e-9
     assert "all 3" in broken(model, result)
 
 
 @pytest.mark.parametrize("entry", [0, 1])
 def test_self_check_notices_a_wrong_cell_of_any_entry(model: GPT2, ids: Tensor, entry: int) -> None:
     result = sweep(model, ids, (1, 2), FACTORS)
-    result.statistics.difference[entry, 3, 4] *= 1.0001
+    result.statistics.difference_sq[entry, 3, 4] *= 1.0001
     assert broken(model, result) == ["a run"]
 
 
@@ -367,7 +367,7 @@ def as_file(result: Sweep, path: Path, **tensors: Tensor) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["difference", "scaled", "inner", "clean", "written", "lengths", "ids"])
+@pytest.mark.parametrize("name", ["difference_sq", "run_sq", "inner", "clean_sq", "written", "lengths", "ids"])
 @pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("more", [-1, 1])
 def test_a_file_with_a_tensor_of_another_shape_than_its_grid_is_not_a_sweep(
@@ -377,7 +377,9 @@ def test_a_file_with_a_tensor_of_another_shape_than_its_grid_is_not_a_sweep(
     tensor = result.ids if name == "ids" else getattr(result.statistics, name)
     index = torch.arange(tensor.shape[axis] + more).clamp(max=tensor.shape[axis] - 1)
     path = as_file(result, tmp_path / "sweep.safetensors", **{name: tensor.index_select(axis, index)})
-    blamed = "difference, scaled, inner, written" if name == "clean" else name  # its places are what the others follow
+    blamed = (
+        "difference_sq, run_sq, inner, written" if name == "clean_sq" else name
+    )  # its places are what the others follow
     with pytest.raises(ValueError, match=rf"not a saved sweep \({blamed} of another shape than its grid"):
         Sweep.load(path)
 
@@ -387,7 +389,7 @@ def test_a_file_with_an_axis_more_or_less_throughout_is_not_a_sweep(
     model: GPT2, ids: Tensor, tmp_path: Path, change: Callable[[Tensor], Tensor]
 ) -> None:
     result = sweep(model, ids, (0, 3), (0.5,))
-    names = ("difference", "scaled", "inner", "clean", "written")
+    names = ("difference_sq", "run_sq", "inner", "clean_sq", "written")
     changed = {name: change(getattr(result.statistics, name)) for name in names}
     with pytest.raises(ValueError, match="another shape than its grid"):
         Sweep.load(as_file(result, tmp_path / "sweep.safetensors", ids=change(ids), **changed))
@@ -482,7 +484,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINIT
 result = sweep(model, ids, factors=[0.5 + step / 200 for step in range(int(sys.argv[1]))], max_bytes=2**60)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 again = sweep(model, ids, factors=result.factors)
-torch.testing.assert_close(result.statistics.difference, again.statistics.difference, rtol=1e-4, atol=1e-6)
+torch.testing.assert_close(result.statistics.difference_sq, again.statistics.difference_sq, rtol=1e-4, atol=1e-6)
 """
 
 
@@ -533,7 +535,7 @@ def test_halved_passes_give_the_same_numbers(
     found = sweep(model, ids, **asked)
     assert seen[0] == 12
     assert seen.count(1) == 12  # down to one cell of one text
-    for name in ("difference", "scaled", "inner", "clean", "written"):
+    for name in ("difference_sq", "run_sq", "inner", "clean_sq", "written"):
         one, other = getattr(found.statistics, name), getattr(expected.statistics, name)
         torch.testing.assert_close(one, other, **SAME)
     assert found.statistics.predictions is not None and expected.statistics.predictions is not None

@@ -1,13 +1,14 @@
 """Interventions of any scales, beside runs of their own."""
 
 import re
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from minigpt import GPT2, compare, interventions, scaled, sweep
-from minigpt.divergence import POSITION_SETS
+from minigpt import GPT2, compare, scaled, sweep
+from minigpt.measures import POSITION_SETS
 
 SAME = {"rtol": 1e-10, "atol": 1e-10}
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]]
@@ -30,7 +31,7 @@ def edits() -> list[dict[str, float | torch.Tensor]]:
 def test_every_intervention_is_what_a_run_of_its_own_gives(
     model: GPT2, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interventions, "rows_at_once", lambda *_, **__: rows)
+    monkeypatch.setattr(sys.modules["minigpt.compare"], "rows_at_once", lambda *_, **__: rows)
     found = compare(model, TEXTS, edits(), predictions=True)
     for text, ids in enumerate(TEXTS):
         real = len(ids)
@@ -40,19 +41,19 @@ def test_every_intervention_is_what_a_run_of_its_own_gives(
                 clean = model.residuals(torch.tensor([ids]))[:, 0]
                 with scaled(model, cut):
                     changed, logits = model.residuals(torch.tensor([ids]))[:, 0], model(torch.tensor([ids]))[0]
-            difference = found.statistics.difference[row, 0, :-1, text]
+            difference = found.statistics.difference_sq[row, 0, :-1, text]
             torch.testing.assert_close(difference[:, :real], (changed - clean).square().sum(-1), **SAME)
             assert not difference[:, real:].any()
             steps = (changed[1:] - changed[:-1]).square().sum(-1)
-            torch.testing.assert_close(found.steps[row, :, text, :real], steps, **SAME)
+            torch.testing.assert_close(found.steps_sq[row, :, text, :real], steps, **SAME)
             assert found.statistics.predictions is not None
             assert torch.equal(found.statistics.predictions.likeliest[row, 0, text, :real], logits.argmax(-1))
 
 
 def test_a_skipped_block_changes_nothing_between_its_depths(model: GPT2) -> None:
     found = compare(model, TEXTS, edits())
-    assert not found.steps[0, 1].any()
-    assert found.clean_steps[1, 0].min() > 0
+    assert not found.steps_sq[0, 1].any()
+    assert found.clean_steps_sq[1, 0].min() > 0
     assert found.statistics.layers == (1, 2, 3)
 
 
@@ -68,9 +69,9 @@ def test_a_grid_is_a_special_case(model: GPT2) -> None:
 
 
 def test_memory_can_be_bounded(model: GPT2) -> None:
-    whole = compare(model, TEXTS, edits()).statistics.difference
+    whole = compare(model, TEXTS, edits()).statistics.difference_sq
     least = int(re.findall(r"take (\d+)", str(refusal(model, 1)))[0])
-    torch.testing.assert_close(compare(model, TEXTS, edits(), max_bytes=least).statistics.difference, whole, **SAME)
+    torch.testing.assert_close(compare(model, TEXTS, edits(), max_bytes=least).statistics.difference_sq, whole, **SAME)
     assert "2 runs of 12 tokens" in str(refusal(model, least - 1))
 
 
@@ -104,17 +105,17 @@ def test_a_model_that_is_not_clean_is_refused(model: GPT2) -> None:
 def test_a_batch_that_runs_out_of_memory_is_halved_and_gives_the_same(
     model: GPT2, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected, whole, most = compare(model, TEXTS, edits()), interventions._Part.run, [1]
+    expected, whole, most = compare(model, TEXTS, edits()), sys.modules["minigpt.compare"]._Part.run, [1]
 
-    def run(*arguments: Any) -> interventions._Part:
+    def run(*arguments: Any) -> Any:
         if len(arguments[3]) > most[0]:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return whole(*arguments)
 
-    monkeypatch.setattr(interventions._Part, "run", run)
+    monkeypatch.setattr(sys.modules["minigpt.compare"]._Part, "run", run)
     found = compare(model, TEXTS, edits())
-    torch.testing.assert_close(found.statistics.difference, expected.statistics.difference, **SAME)
-    torch.testing.assert_close(found.steps, expected.steps, **SAME)
+    torch.testing.assert_close(found.statistics.difference_sq, expected.statistics.difference_sq, **SAME)
+    torch.testing.assert_close(found.steps_sq, expected.steps_sq, **SAME)
     assert [record.args for record in caplog.records] == [(3,), (2,)]
     most[0] = 0
     with pytest.raises(ValueError, match="too little for one intervention"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt import GPT2, scaled, sweep
-from minigpt.divergence import (
+from minigpt.measures import (
     MEASURES,
     OF_PREDICTIONS,
     POSITION_SETS,
@@ -20,7 +20,7 @@ from minigpt.divergence import (
     inner_products,
     squared_norms,
 )
-from minigpt.scales import SITES, Site
+from minigpt.parameters import SITES, Site
 
 EVERY = torch.arange(6)
 
@@ -30,10 +30,10 @@ def statistics_of(clean: torch.Tensor, changed: torch.Tensor, layer: int = 0) ->
     cell = (None, None)
     return Statistics(
         layers=(layer,),
-        difference=squared_norms(changed - clean)[cell],
-        scaled=squared_norms(changed)[cell],
+        difference_sq=squared_norms(changed - clean)[cell],
+        run_sq=squared_norms(changed)[cell],
         inner=inner_products(changed, clean)[cell],
-        clean=squared_norms(clean),
+        clean_sq=squared_norms(clean),
         lengths=torch.full((clean.shape[1],), clean.shape[2]),
         written=torch.zeros(len(WRITTEN), 1, 1, *clean.shape[:3], dtype=torch.float64),
     )
@@ -199,7 +199,7 @@ def test_writes_that_were_kept_otherwise_are_not_read_as_these() -> None:
 def test_what_was_measured_is_not_exchanged_by_accident(model: GPT2, ids: torch.Tensor) -> None:
     result = sweep(model, ids, (1,), (0.5,))
     with pytest.raises(FrozenInstanceError):
-        result.statistics.difference = result.statistics.scaled  # type: ignore[misc]
+        result.statistics.difference_sq = result.statistics.run_sq  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
         result.factors = (2.0,)  # type: ignore[misc]
 

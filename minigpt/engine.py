@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt.divergence import WRITTEN
+from minigpt.measures import WRITTEN
 from minigpt.model import GPT2, Attention, Block
+from minigpt.parameters import Site, check_site, scales_not_one
 from minigpt.predictions import Predictions, predict, prediction_numbers
-from minigpt.scales import Site, check_site, scales_not_one
 
 logger = logging.getLogger("minigpt")
 Cell = tuple[int, int]

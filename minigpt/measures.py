@@ -70,13 +70,13 @@ class Statistics:
     """What a sweep keeps of its streams: a few numbers per position, place and cell, and the clean norms."""
 
     layers: tuple[int, ...]
-    difference: Tensor
+    difference_sq: Tensor
     """Squared norm of scaled minus clean: [layer, factor, place, batch, position]."""
-    scaled: Tensor
+    run_sq: Tensor
     """Squared norm of the scaled stream, same axes."""
     inner: Tensor
     """Inner product of the scaled and the clean stream, same axes."""
-    clean: Tensor
+    clean_sq: Tensor
     """Squared norm of the clean stream: [place, batch, position]."""
     lengths: Tensor
     """How many positions each text has: [batch]. All numbers here are 0 at the padding after them."""
@@ -99,11 +99,11 @@ class Statistics:
         Language Models"), on which heads rest attention that they need nowhere else (attention sinks: Xiao et al. 2023,
         "Efficient Streaming Language Models with Attention Sinks"; Gu et al. 2024, "When Attention Sink Emerges").
         """
-        return self.difference[..., positions].sum(-1).sqrt()
+        return self.difference_sq[..., positions].sum(-1).sqrt()
 
     def clean_norm(self, positions: Tensor) -> Tensor:
         """sqrt(sum over positions of norm(x)^2) of the clean stream: [place, batch]. In units of the stream."""
-        return self.clean[..., positions].sum(-1).sqrt()
+        return self.clean_sq[..., positions].sum(-1).sqrt()
 
     def relative(self, positions: Tensor) -> Tensor:
         """`frobenius` divided by the clean stream's norm at the same place.
@@ -139,13 +139,13 @@ class Statistics:
         """
         # sin^2 = (|D|^2 - <v, D>^2 / |v|^2) / |w|^2, with v the shorter of x and x', w the longer: for small D this
         # keeps the digits that 1 - cosine^2 loses.
-        longer = self.scaled > self.clean
-        along = (self.inner - self.clean).where(longer, self.scaled - self.inner)
-        shorter = _positive(torch.minimum(self.scaled, self.clean))
-        across = (self.difference - along.square() / shorter).clamp_min(0.0)
-        sine = (across / _positive(torch.maximum(self.scaled, self.clean))).sqrt()
+        longer = self.run_sq > self.clean_sq
+        along = (self.inner - self.clean_sq).where(longer, self.run_sq - self.inner)
+        shorter = _positive(torch.minimum(self.run_sq, self.clean_sq))
+        across = (self.difference_sq - along.square() / shorter).clamp_min(0.0)
+        sine = (across / _positive(torch.maximum(self.run_sq, self.clean_sq))).sqrt()
         # Nothing of x is left in an x' of zeros.
-        return self._mean(sine.where(self.scaled > 0, 1.0), positions)
+        return self._mean(sine.where(self.run_sq > 0, 1.0), positions)
 
     def cosine(self, positions: Tensor) -> Tensor:
         """Mean over positions of <x, x'> / (norm(x) norm(x')).
@@ -154,7 +154,7 @@ class Statistics:
         little about the others (Timkey and van Schijndel 2021), and it moves little for small changes:
         `gauge_free` is its sine. 0 where one of the two is zero.
         """
-        return self._mean((self.inner / _positive(self.scaled * self.clean).sqrt()).clamp(-1.0, 1.0), positions)
+        return self._mean((self.inner / _positive(self.run_sq * self.clean_sq).sqrt()).clamp(-1.0, 1.0), positions)
 
     def written_norm(self, positions: Tensor, part: str = "written") -> Tensor:
         """Frobenius norm of w, what a block writes otherwise than in the clean run; D_{d+1} = D_d + w.
@@ -175,7 +175,7 @@ class Statistics:
         The sign of one block's answer is what self-repair is made of (McGrath et al. 2023; Rushing and Nanda
         2024). Blind to position: one position's repair offsets another's damage. 0 where nothing was carried.
         """
-        carried = self.difference[..., positions].sum(-1).roll(1, 2)
+        carried = self.difference_sq[..., positions].sum(-1).roll(1, 2)
         inner = self._written_products(positions)
         along = {"attention_written": inner["attention_carried"], "mlp_written": inner["mlp_carried"]}
         along["written"] = along["attention_written"] + along["mlp_written"]
@@ -226,7 +226,7 @@ class Statistics:
         if name not in MEASURES or positions not in POSITION_SETS:
             expected = f"{', '.join(MEASURES)}, over {', '.join(POSITION_SETS)}"
             raise ValueError(f"There is no measure {name!r} over {positions!r}; expected one of {expected}.")
-        index = torch.arange(self.clean.shape[-1])[
+        index = torch.arange(self.clean_sq.shape[-1])[
             {"all": slice(None), "first": slice(1), "rest": slice(1, None)}[positions]
         ]
         if len(index) == 0 or not bool((index[0] < self.lengths).all()):
@@ -245,8 +245,8 @@ class Statistics:
         return replace(
             self,
             layers=tuple(self.layers[entry] for entry in chosen),
-            difference=self.difference[chosen],
-            scaled=self.scaled[chosen],
+            difference_sq=self.difference_sq[chosen],
+            run_sq=self.run_sq[chosen],
             inner=self.inner[chosen],
             written=None if self.written is None else self.written[:, chosen],
             predictions=self.predictions and self.predictions.map(lambda tensor: tensor[chosen]),
@@ -273,7 +273,7 @@ class Statistics:
 
     def _at_final(self, values: Tensor, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """A mean that exists at `final` only, on the places' axis: [layer, factor, place, batch]."""
-        placed = values.new_full(self.difference.shape[:-1], torch.nan)
+        placed = values.new_full(self.difference_sq.shape[:-1], torch.nan)
         placed[:, :, -1] = self._mean(values, positions, lengths)
         return placed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from minigpt import GPT2, GPT2Config, scaled
-from minigpt.scales import SITES, check_site, scale_name, scale_names, scales_not_one
+from minigpt.parameters import SITES, check_site, scale_name, scale_names, scales_not_one
 from tests.conftest import SMALL, TINY, draw
 
 EPSILON_DEPARTURE = 1e-5

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigpt.divergence import Statistics, inner_products, squared_norms
-from minigpt.fanout import is_out_of_memory, logger, rows_at_once
+from minigpt.engine import is_out_of_memory, logger, rows_at_once
+from minigpt.measures import Measure, PositionSet, Statistics, inner_products, squared_norms
 from minigpt.model import GPT2
+from minigpt.parameters import scale_names, scaled, scales_not_one
 from minigpt.predictions import Predictions, predict
-from minigpt.scales import scale_names, scaled, scales_not_one
 from minigpt.sweep import padded
 
 Intervention = Mapping[str, float | Tensor]
@@ -28,10 +28,14 @@ class Comparison:
     statistics: Statistics
     """Axis `layer` runs over the interventions, axis `factor` has one entry. Its `layers` are the last layers that an
     intervention touches: `passive` carries the difference from there. What blocks wrote is not kept."""
-    steps: Tensor
+    steps_sq: Tensor
     """Squared norm of what every block made of the stream, x_{d+1} - x_d: [intervention, block, batch, position]."""
-    clean_steps: Tensor
+    clean_steps_sq: Tensor
     """Of the clean run: [block, batch, position]."""
+
+    def measure(self, name: Measure, positions: PositionSet) -> Tensor:
+        """A measure by name over a set of positions: [intervention, place, batch]; raises as `Statistics.measure`."""
+        return self.statistics.measure(name, positions)[:, 0]
 
 
 @torch.no_grad()
