@@ -134,7 +134,7 @@ class Divergence(Experiment[Runs]):
 
     def _rounding(self, model: GPT2, result: Sweep) -> list[dict[str, Any]]:
         """A few cells beside float32 with products in full precision."""
-        device = model.final_norm.weight.device
+        device = model.device
         torch.set_float32_matmul_precision("highest")
         try:
             exact = GPT2.from_pretrained(self.settings.model, self.settings.revision, device, local_files_only=True)

@@ -304,7 +304,7 @@ def _temperatures(model: GPT2, result: Sweep) -> dict[str, Tensor]:
     if scaled is None:
         raise ValueError("This sweep kept no predictions; run it with predictions=True.")
     for text, length in enumerate(result.lengths.tolist()):
-        ids = result.ids[text, :length].to(model.final_norm.weight.device)
+        ids = result.ids[text, :length].to(model.device)
         with torch.no_grad():
             final = model.final_norm(model.last_depth(ids[None]))[0]
         numbers = (of[:, :, text, :length].flatten(0, 1) for of in (scaled.entropy, scaled.clean_logit))

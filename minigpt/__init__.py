@@ -3,7 +3,7 @@
 from minigpt.compare import Comparison, compare
 from minigpt.config import CheckpointError, GPT2Config
 from minigpt.generate import generate
-from minigpt.model import GPT2
+from minigpt.model import GPT2, Block
 from minigpt.parameters import scaled
 from minigpt.sensitivity import Sensitivity, sensitivity
 from minigpt.sweep import Sweep, sweep
@@ -11,6 +11,7 @@ from minigpt.tokenizer import Tokenizer
 
 __all__ = [
     "GPT2",
+    "Block",
     "CheckpointError",
     "Comparison",
     "GPT2Config",

@@ -268,11 +268,6 @@ def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
 
     Raises ValueError when a scale is not 1, and CheckpointError when the folder cannot be written.
     """
-    changed = {name: value.tolist() for name, value in state.items() if is_scale(name) and not (value == 1).all()}
-    if changed:
-        raise ValueError(
-            f"Scales that are not 1 cannot be saved, the layout has no place for them: {changed}. Reset them."
-        )
     layout, tensors = Layout(config), {}
     for theirs in layout:
         stored = layout.get(theirs)
@@ -290,13 +285,3 @@ def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
         write_together(directory, files, key=CONFIG, stale=[ORIGIN])  # these weights are no longer the hub's
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}.") from None
-
-
-def unit_scales(state: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    """Ones for every scale of a state dict: what a file has no place for."""
-    return {name: torch.ones(of.shape, dtype=dtype, device=device) for name, of in state.items() if is_scale(name)}
-
-
-def is_scale(name: str) -> bool:
-    """Whether a parameter's name is that of a scale."""
-    return name.endswith("_scale")

@@ -67,7 +67,7 @@ def pick_device(name: str) -> torch.device:
 
 def admit(model: GPT2) -> GPT2:
     """The model, if its device may be used untried or passes `doctor` here and now. Raises CheckError otherwise."""
-    device = model.final_norm.weight.device.type
+    device = model.device.type
     if device not in TRUSTED:
         off = [finding for finding in examine(model) if finding.passed is False]
         if off:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.engine import is_out_of_memory, logger, rows_at_once
 from minigpt.measures import Measure, PositionSet, Statistics, inner_products, squared_norms
 from minigpt.model import GPT2
-from minigpt.parameters import scale_names, scaled, scales_not_one
+from minigpt.parameters import block_of, not_neutral, scaled
 from minigpt.predictions import Predictions, predict
 from minigpt.sweep import padded
 
@@ -57,13 +57,13 @@ def compare(
     """
     ids, lengths = padded(ids)
     model.config.check_ids(ids)
-    if changed := scales_not_one(model):
+    if changed := not_neutral(model):
         raise ValueError(f"The clean run needs every scale to be 1; set {', '.join(changed)} back to 1.")
     if not interventions or not all(interventions):
         raise ValueError(
             "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."
         )
-    device = model.final_norm.weight.device
+    device = model.device
     at_once = rows_at_once(model, ids.numel(), max_bytes, least=2) - 1
 
     def run(some: Sequence[Intervention]) -> _Part:
@@ -155,8 +155,7 @@ def _join(model: GPT2, parts: Sequence[_Part], interventions: Sequence[Intervent
         raise ValueError(
             f"Intervention {int(broken[0][0])} makes the stream overflow; take smaller scales, or float64."
         )
-    order = {name: layer for layer in range(model.config.n_layer) for name in _names_of(model, layer)}
-    layers = tuple(max(order[name] for name in intervention) for intervention in interventions)
+    layers = tuple(max(block_of(name) for name in intervention) for intervention in interventions)
     found = [part.predictions for part in parts if part.predictions]
     joined = (
         [torch.cat([getattr(of, name)[1:] for of in found])[:, None] for name in found[0].tensors()] if found else []
@@ -172,8 +171,3 @@ def _join(model: GPT2, parts: Sequence[_Part], interventions: Sequence[Intervent
         clean_predictions=found[0].map(lambda rows: rows[0]) if found else None,
     )
     return Comparison(statistics, torch.cat([part.steps[1:] for part in parts]), parts[0].steps[0])
-
-
-def _names_of(model: GPT2, layer: int) -> list[str]:
-    per_layer = len(scale_names(model.config)) // model.config.n_layer
-    return scale_names(model.config)[layer * per_layer : (layer + 1) * per_layer]

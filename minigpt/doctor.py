@@ -48,10 +48,9 @@ def examine(model: GPT2) -> Iterator[Finding]:
 
 
 def _circumstances(model: GPT2) -> Iterator[Finding]:
-    weight = model.final_norm.weight
-    name = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else _processor()
-    yield Finding("device", f"{weight.device.type}: {name}")
-    yield Finding("dtype", str(weight.dtype).removeprefix("torch."))
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor()
+    yield Finding("device", f"{model.device.type}: {name}")
+    yield Finding("dtype", str(model.dtype).removeprefix("torch."))
     yield Finding("threads", str(torch.get_num_threads()))
     yield Finding("versions", ", ".join(f"{name} {number}" for name, number in _versions().items()))
     precision = torch.get_float32_matmul_precision()
@@ -102,7 +101,7 @@ def _attention(model: GPT2) -> tuple[str, bool]:
 
 def _kernels(model: GPT2) -> list[str]:
     """The kernels that torch may choose from."""
-    if model.final_norm.weight.device.type != "cuda":
+    if model.device.type != "cuda":
         return ["torch's own choice"]
     cuda = torch.backends.cuda
     enabled = {
@@ -118,7 +117,7 @@ def _parity(model: GPT2, dtype: torch.dtype) -> tuple[str, bool | None]:
     """The certificate of the model's checkpoint in that type, on the model's device."""
     if model.source is None:
         raise ValueError("the model was not loaded from a checkpoint")
-    device = model.final_norm.weight.device
+    device = model.device
     loaded = GPT2.from_pretrained(model.source.directory, device=device, dtype=dtype)
     loaded.source = model.source
     certificate = parity.certify(loaded)
@@ -154,4 +153,4 @@ def _ids(model: GPT2) -> Tensor:
     """Two random texts, the same every time."""
     length = min(TOKENS, model.config.n_positions)
     drawn = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    return drawn.to(model.final_norm.weight.device)
+    return drawn.to(model.device)

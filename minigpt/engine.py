@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minigpt.measures import WRITTEN
 from minigpt.model import GPT2, Attention, Block
-from minigpt.parameters import Site, check_site, scales_not_one
+from minigpt.parameters import not_neutral, parameter_name
 from minigpt.predictions import Predictions, predict, prediction_numbers
 
 logger = logging.getLogger("minigpt")
@@ -42,7 +42,7 @@ SHARE_OF_FREE_MEMORY = 0.25
 class Grid:
     """What is to be run: entries times factors."""
 
-    site: Site
+    site: str
     layers: tuple[int, ...]
     """Of every entry."""
     heads: tuple[int, ...] | None
@@ -59,23 +59,23 @@ class Grid:
         model: GPT2,
         layers: Iterable[int] | None,
         factors: Sequence[float],
-        site: Site,
+        site: str,
         heads: Iterable[int] | None,
         positions: Iterable[int] | None,
         length: int,
         predictions: bool = False,
     ) -> "Grid":
         """The grid for a model and texts of up to `length` tokens, or a ValueError that says what is out of range."""
-        changed = scales_not_one(model)
+        changed = not_neutral(model)
         if changed:
             raise ValueError(f"The clean run needs every scale to be 1; set {', '.join(changed)} back to 1.")
         chosen = _in_range("layer", layers, model.config.n_layer)
         where = None if positions is None else _in_range("position", positions, length)
-        check_site(site)
+        parameter_name(model, 0, site)
         numbers = tuple(map(float, factors))
         if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
             raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
-        dtype = model.final_norm.weight.dtype
+        dtype = model.dtype
         for factor, applied in zip(numbers, torch.tensor(numbers, dtype=dtype).tolist(), strict=True):
             if applied == 1 != factor:
                 raise ValueError(f"The factor {factor!r} is 1 in {dtype} and changes nothing; take one farther off.")
@@ -164,9 +164,9 @@ class Pass:
     @torch.no_grad()
     def places(self) -> Iterator[Place]:
         """Run, and yield the numbers of every place, from depth 0 to `final`."""
-        model, weight = self.model, self.model.final_norm.weight
+        model, weight = self.model, self.model
         shape = (1 + len(self.cells), *self.ids.shape, model.config.n_embd)
-        streams = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        streams = torch.empty(shape, dtype=model.dtype, device=model.device)
         streams[0] = model.embed(self.ids)
         begun, scratch = 1, self._scratch()
         yield self._place(0, streams[:begun], scratch)
@@ -252,7 +252,7 @@ class Pass:
     @cached_property
     def _multipliers(self) -> Tensor:
         """Every factor, as a column that multiplies a stream: [factor, 1 or position, 1]."""
-        streams = self.model.final_norm.weight
+        streams = self.model
         factors = torch.tensor(self.grid.factors, dtype=streams.dtype, device=streams.device)[:, None, None]
         if self.grid.positions is None:
             return factors
@@ -321,7 +321,7 @@ def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int |
     Texts are split before cells are, for every pass runs its texts clean. Raises ValueError when one text with
     one cell needs more.
     """
-    device = model.final_norm.weight.device
+    device = model.device
     allowed = int(free_bytes(device) * SHARE_OF_FREE_MEMORY) if max_bytes is None else max_bytes
     cells, length = grid.cells(), ids.shape[1]
 
@@ -393,9 +393,9 @@ def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: in
     what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not always serve the next, so
     both count.
     """
-    config, weight = model.config, model.final_norm.weight
+    config = model.config
     tokens = texts * positions
-    slab = min(rows, _rows_of_slab(tokens, weight.device)) * tokens
+    slab = min(rows, _rows_of_slab(tokens, model.device)) * tokens
     attention = 8 * config.n_embd  # norm; queries, keys, values; mixed; scaled; write; a copy of the clean row
     mlp = 3 * config.n_embd + 2 * config.mlp_width  # norm; before and after the activation; write; the copy
     heads = tokens * config.n_embd * (config.n_head if grid.heads else 0)
@@ -403,7 +403,7 @@ def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: in
     rearranged = config.n_embd * max(config.mlp_width, 3 * config.n_embd)
     in_float64 = 4 * slab * config.n_embd + 4 * tokens * config.n_embd + 2 * rows * tokens * (3 + len(WRITTEN))
     in_float64 += prediction_numbers(rows, tokens, config.vocab_size) if grid.predictions else 0
-    return (streams + slab * (attention + mlp) + heads + rearranged) * weight.itemsize + in_float64 * 8
+    return (streams + slab * (attention + mlp) + heads + rearranged) * model.dtype.itemsize + in_float64 * 8
 
 
 def _rows_of_slab(tokens: int, device: torch.device) -> int:
@@ -416,9 +416,9 @@ def rows_at_once(model: GPT2, tokens: int, max_bytes: int | None, least: int = 1
 
     `streams` is 2 where every number comes with its derivative. Raises ValueError when `least` rows need more.
     """
-    config, weight = model.config, model.final_norm.weight
+    config = model.config
     row = (
-        tokens * (11 * config.n_embd + 2 * config.mlp_width) * weight.itemsize * streams
+        tokens * (11 * config.n_embd + 2 * config.mlp_width) * model.dtype.itemsize * streams
         + tokens * 6 * config.n_embd * 8
     )
     if max_bytes is not None and least * row > max_bytes:
@@ -427,7 +427,7 @@ def rows_at_once(model: GPT2, tokens: int, max_bytes: int | None, least: int = 1
             "Give more with max_bytes, or fewer or shorter texts."
         )
     # A few slabs: a batch has a clean row of its own, which would otherwise be half of it.
-    wanted = max(least, SLABS_AT_ONCE * _slab_tokens(weight.device) // tokens)
+    wanted = max(least, SLABS_AT_ONCE * _slab_tokens(model.device) // tokens)
     return wanted if max_bytes is None else min(wanted, max_bytes // row)
 
 

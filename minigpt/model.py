@@ -5,10 +5,12 @@ head_width] inside attention. Depth 0 of the stream is the embeddings, depth d t
 d - 1, depth n_layer the raw output of the last block. The stream after the final norm is `final`.
 """
 
+import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,29 +22,28 @@ from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
 from minigpt.config import ACTIVATIONS, GPT2Config
 from minigpt.linear import Linear
-
-
-def unit_scale(*shape: int) -> nn.Parameter:
-    """A multiplier that changes nothing until it is set, and that no optimiser moves."""
-    return nn.Parameter(torch.ones(shape), requires_grad=False)
+from minigpt.parameters import Native, declare, natives, not_neutral, weights
 
 
 class Attention(nn.Module):
     """W_O concat(head_scale[h] * z_h) + b_O, with z_h the causal attention of head h."""
+
+    native = (Native("head_scale", ("batch", "position", "n_head"), index="head"),)
+    head_scale: Tensor
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)
         self.projection = Linear(config.n_embd, config.n_embd)
-        self.head_scale = unit_scale(config.n_head)
+        declare(self, self.native, config)
         # reorder_and_upcast_attn asks for scores in float32, which the fused attention keeps anyway.
         self.score_scale = 1 / math.sqrt(config.head_width) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.score_scale /= layer + 1
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values, each [batch, n_head, position, head_width]."""
+    def heads(self, x: Tensor, start: int = 0) -> list[Tensor]:  # noqa: ARG002  rotary positions need the start
+        """Queries, keys and values of positions from `start` on, each [batch, n_head, position, head_width]."""
         return [part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2)]
 
     def pattern(self, x: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What every head read, a mixture of values: [batch, position, n_head, head_width]."""
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(x, cache.seen if cache is not None else 0)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         # Fused attention kernels have no forward-mode derivative; the plain products do.
@@ -83,15 +84,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP each read a normed copy of the stream and write into it."""
+    """One layer: attention and MLP each read a normed copy of the stream and write into it.
+
+    A subclass with a `forward` of its own is another architecture: `GPT2(config, block=...)` is made of it, and every
+    experiment follows. Its attributes replace the parts.
+    """
+
+    native = (Native("output_scale"), Native("attention_scale"), Native("mlp_scale"))
+    attention_scale: Tensor
+    mlp_scale: Tensor
+    output_scale: Tensor
+    position_embedding: ClassVar[bool] = True
+    """Whether the model adds an embedding of the position to that of the token."""
+    norm: ClassVar[Callable[[int, float], nn.Module]] = nn.LayerNorm
+    """Makes the norm layers, that at the model's end too, of n_embd and an epsilon."""
+    attention_class: ClassVar[type[Attention]] = Attention
+    mlp_class: ClassVar[type[MLP]] = MLP
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-        self.attention_scale, self.mlp_scale, self.output_scale = unit_scale(), unit_scale(), unit_scale()
+        self.attention_norm = self.norm(config.n_embd, config.layer_norm_epsilon)
+        self.attention = self.attention_class(config, layer)
+        self.mlp_norm = self.norm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = self.mlp_class(config)
+        declare(self, self.native, config)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The stream after this block, from the stream before it; both [batch, position, n_embd]."""
@@ -100,29 +116,62 @@ class Block(nn.Module):
         return self.output_scale * y
 
 
+SITES = tuple(native.site for native in (*Block.native, *Attention.native))
+"""The sites of GPT-2's block; `parameters.sites` tells those of a model."""
+
+
+def block_named(name: str) -> type[Block]:
+    """The subclass of Block that `package.module:Name` names, imported: its module's code runs.
+
+    Raises ValueError when there is none.
+    """
+    module, _, leaf = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), leaf)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The block {name!r} cannot be had ({error}); expected package.module:Name.") from None
+    if not (isinstance(found, type) and issubclass(found, Block)):
+        raise ValueError(f"The block {name!r} is not a subclass of minigpt.Block.")
+    return found
+
+
 class GPT2(nn.Module):
     """GPT-2 with a scale on every block's output, attention write, MLP write and heads.
 
     `GPT2(config)` draws fresh weights as Hugging Face does: normal with deviation `initializer_range`, divided by
     sqrt(2 * n_layer) for the projections that write into the stream (after Radford et al. 2019, section 2.3).
+    `block` is what it is made of: a subclass of `Block`, where the architecture is another.
     """
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, block: type[Block] = Block) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.block = config, block
         self.source: checkpoint.Source | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
+        if block.position_embedding:
+            self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
         # A ModuleList; the annotation tells type checkers what is in it.
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # type: ignore[assignment]
-        self.final_norm = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.blocks: Sequence[Block] = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))  # type: ignore[assignment]
+        self.final_norm = block.norm(config.n_embd, config.layer_norm_epsilon)
         self.unembed = Linear(config.n_embd, config.vocab_size, bias=False)
         self._tie()
         self._draw_weights()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type, and so that of the stream."""
+        return self.token_embedding.weight.dtype
+
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """Depth 0, of int64 ids [batch, position] from position `start` on; ValueError for ids out of range."""
         self.config.check_ids(ids, start)
+        if not self.block.position_embedding:
+            return self.token_embedding(ids)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         return self.token_embedding(ids) + self.position_embedding(positions)
 
@@ -142,8 +191,15 @@ class GPT2(nn.Module):
 
     def attention_patterns(self, ids: Tensor) -> Tensor:
         """What every head attends to: [n_layer, batch, n_head, query, key], rows summing to 1."""
-        streams = zip(self.blocks, self.depths(ids))  # noqa: B905  the last depth enters no block
-        patterns = [block.attention.pattern(block.attention_norm(x)) for block, x in streams]
+        read = list[Tensor]()
+        keep = lambda _, given: read.append(given[0])  # noqa: E731
+        hooks = [block.attention.register_forward_pre_hook(keep) for block in self.blocks]
+        try:
+            self.last_depth(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        patterns = [block.attention.pattern(x) for block, x in zip(self.blocks, read, strict=True)]
         return torch.stack(torch.broadcast_tensors(*patterns))
 
     def last_depth(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -164,6 +220,7 @@ class GPT2(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         local_files_only: bool = False,
+        block: type[Block] = Block,
     ) -> "GPT2":
         """Load a checkpoint in Hugging Face's layout: a directory, a short name, or a hub id.
 
@@ -175,15 +232,20 @@ class GPT2(nn.Module):
         files = checkpoint.weight_files(found.directory, found.repository)
         state = checkpoint.load(files, config, dtype, torch.device(device))
         with torch.device("meta"):  # nothing is drawn, nothing is allocated
-            model = cls(config)
-        model.load_state_dict(state | checkpoint.unit_scales(model.state_dict(), dtype, device), assign=True)
+            model = cls(config, block)
+        neutral = {name: native.neutral_value(config).to(device, dtype) for name, native in natives(model).items()}
+        model.load_state_dict(state | neutral, assign=True)
         model._tie()
         model.source = checkpoint.Source(str(name_or_path), found.repository, found.commit, files)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write what transformers and `from_pretrained` load back; ValueError when a scale is not 1."""
-        checkpoint.save(Path(directory), self.config, self.state_dict())
+        if changed := {name: value.tolist() for name, value in not_neutral(self).items()}:
+            raise ValueError(
+                f"Scales that are not 1 cannot be saved, the layout has no place for them: {changed}. Reset them."
+            )
+        checkpoint.save(Path(directory), self.config, weights(self))
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:

@@ -1,110 +1,180 @@
-"""The names of the scales, and `scaled`, which sets them for a while.
+"""The native parameters: each is declared once, in the module that uses it, and all else is made from that.
 
     blocks.2.output_scale              the whole output of block 2
     blocks.2.attention_scale           what its attention writes into the stream
     blocks.2.mlp_scale                 what its MLP writes into the stream
     blocks.2.attention.head_scale      [n_head]: what each head brings, before the projection
 
-attention_scale = mlp_scale = 0 skips a block. Zeroing every head leaves the projection's bias in
-the stream; zeroing attention_scale removes it too.
+attention_scale = mlp_scale = 0 skips a block. Zeroing every head leaves the projection's bias in the stream;
+zeroing attention_scale removes it too.
+
+A module lists its native parameters in `native`, makes them with `declare`, and uses them in its `forward`. Their
+names, the values that `scaled` takes, the sites of `sweep`, the columns of tables and the sentences of errors follow.
 """
 
 import difflib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minigpt.checkpoint import is_scale
 from minigpt.config import GPT2Config
-from minigpt.model import GPT2
 
-Site = Literal["output", "attention", "mlp", "head"]
-SITES: tuple[Site, ...] = get_args(Site)
-
-
-def check_site(name: str) -> Site:
-    """The site of that name. Raises ValueError for one that does not exist."""
-    for site in SITES:
-        if site == name:
-            return site
-    raise ValueError(f"site is {name!r}; expected one of {', '.join(SITES)}.")
+Values = Mapping[str, float | Tensor]
+"""Names of native parameters and their values: what one run does to a model."""
+STREAM = ("batch", "position", "n_embd")
 
 
-def scale_name(layer: int, site: Site = "output") -> str:
-    """The name of a block's scale. Raises ValueError for a site that does not exist."""
-    check_site(site)
-    return f"blocks.{layer}.attention.head_scale" if site == "head" else f"blocks.{layer}.{site}_scale"
+@dataclass(frozen=True)
+class Native:
+    """The declaration of one native parameter of a module."""
+
+    name: str
+    """SITE_scale: what it acts on, and how."""
+    shape: tuple[str, ...] = STREAM
+    """What a value broadcasts against, in words: `batch`, `position`, and fields of the config."""
+    neutral: float = 1.0
+    """The value that changes nothing."""
+    index: str | None = None
+    """What an entry of the axis behind `position` is called, where each has a value of its own: such as head."""
+
+    @property
+    def site(self) -> str:
+        """What it acts on: `output` of `output_scale`."""
+        return self.name.rpartition("_")[0]
+
+    def sizes(self, config: GPT2Config) -> list[int | None]:
+        """The shape in numbers; None for the axes of the texts."""
+        return [getattr(config, axis, None) for axis in self.shape]
+
+    def entries(self, config: GPT2Config) -> int:
+        """How many entries of their own the site has: heads, say. 1 where there is no index."""
+        return cast("int", self.sizes(config)[2]) if self.index else 1
+
+    def neutral_value(self, config: GPT2Config) -> Tensor:
+        """The value that changes nothing, with an axis for every one that is indexed."""
+        return torch.full([size for size in self.sizes(config)[2:] if size] if self.index else [], self.neutral)
 
 
-def scale_names(config: GPT2Config) -> list[str]:
-    """The names of all scales of a model, block by block."""
-    return [scale_name(layer, site) for layer in range(config.n_layer) for site in SITES]
+def declare(module: nn.Module, declared: Iterable[Native], config: GPT2Config) -> None:
+    """Give a module its native parameters, at their neutral values: no optimiser moves them."""
+    for native in declared:
+        module.register_parameter(native.name, nn.Parameter(native.neutral_value(config), requires_grad=False))
+
+
+def natives(model: nn.Module) -> dict[str, Native]:
+    """Full name -> declaration of every native parameter of a model, or of a block, in the order of its modules."""
+    return {
+        f"{path}.{native.name}" if path else native.name: native
+        for path, module in model.named_modules()
+        for native in getattr(module, "native", ())
+    }
+
+
+def sites(model: nn.Module) -> tuple[str, ...]:
+    """The sites that the blocks of a model have a scale for."""
+    return tuple(dict.fromkeys(native.site for native in natives(_blocks(model)[0]).values()))
+
+
+def parameter_name(model: nn.Module, layer: int, site: str = "output") -> str:
+    """The full name of the scale of a block's site. Raises ValueError for a site that does not exist."""
+    for name, native in natives(_blocks(model)[layer]).items():
+        if native.site == site:
+            return f"blocks.{layer}.{name}"
+    raise ValueError(f"site is {site!r}; expected one of {', '.join(sites(model))}.")
+
+
+def block_of(name: str) -> int:
+    """The block that a native parameter belongs to; -1 for one that acts before all blocks."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+def not_neutral(model: nn.Module) -> dict[str, Tensor]:
+    """The native parameters whose value is not neutral, by name: empty for a clean model."""
+    found = {name: (model.get_parameter(name), native.neutral) for name, native in natives(model).items()}
+    return {name: value for name, (value, neutral) in found.items() if not bool((value == neutral).all())}
+
+
+def check_clean(model: nn.Module) -> None:
+    """Raise ValueError, naming them, when native parameters are not neutral."""
+    if changed := not_neutral(model):
+        raise ValueError(f"The clean run needs neutral parameters; set {', '.join(changed)} back.")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All of a model's state but the native parameters: what a checkpoint holds."""
+    declared = natives(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in declared}
 
 
 @contextmanager
-def scaled(model: GPT2, scales: Mapping[str, float | Tensor]) -> Generator[GPT2]:
-    """Run the body of a `with` statement under other scales, and restore them, also after an error.
+def scaled(model: nn.Module, values: Values) -> Generator[Any]:
+    """Run the body of a `with` statement under other values, and restore them, also after an error.
 
-    A value is a number, or a tensor that broadcasts against the stream [batch, position, n_embd]
-    (for a head_scale against [batch, position, n_head]): [rows, 1, 1] gives every row its own
-    factor, [1, position, 1] every position its own. Gradients flow to a tensor that asks for them.
+    A value is a number, or a tensor that broadcasts against what the parameter acts on: [batch, position, n_embd],
+    for a head_scale [batch, position, n_head]. [rows, 1, 1] gives every row its own factor, [1, position, 1] every
+    position its own. Gradients flow to a tensor that asks for them.
 
         with scaled(model, {"blocks.2.output_scale": 0.5}):
             logits = model(ids)
 
     Raises ValueError for an unknown name, listing the nearest ones, and for a shape that cannot fit.
     """
-    places = {name: _registry(model, name) for name in scales}
-    values = {name: _fitting(model, name, value, *places[name]) for name, value in scales.items()}
+    fitting = {name: fitted(model, name, value) for name, value in values.items()}
+    with assigned(model, fitting):
+        yield model
+
+
+@contextmanager
+def assigned(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set native parameters of a model, or of a block, to tensors that fit, and restore them."""
+    places = {name: place_of(module, name) for name in values}
     before = {name: registry[leaf] for name, (registry, leaf) in places.items()}
     try:
         for name, (registry, leaf) in places.items():
             # The registry takes any tensor; `setattr` would insist on a Parameter, which cuts gradients.
             registry[leaf] = values[name]
-        yield model
+        yield
     finally:
         for name, (registry, leaf) in places.items():
             registry[leaf] = before[name]
 
 
-def current_scales(model: GPT2) -> list[Tensor]:
-    """The tensors that stand for the scales now, in the order of `scale_names`."""
-    return [
-        scale
-        for block in model.blocks
-        for scale in (block.output_scale, block.attention_scale, block.mlp_scale, block.attention.head_scale)
-    ]
+def fitted(model: nn.Module, name: str, value: float | Tensor) -> Tensor:
+    """A value as a tensor of the model's type and device.
 
-
-def scales_not_one(model: GPT2) -> dict[str, Tensor]:
-    """The scales whose value is not 1, by name: empty for a clean model."""
-    parameters = model.named_parameters()
-    return {name: value for name, value in parameters if is_scale(name) and not bool((value == 1).all())}
-
-
-def _registry(model: GPT2, name: str) -> tuple[dict[str, Tensor], str]:
-    """The dict of a module that holds a scale, and the key in it."""
-    known = scale_names(model.config)
+    Raises ValueError for an unknown name, listing the nearest ones, for what is no number or tensor, and for a shape
+    that cannot broadcast.
+    """
+    known = natives(model)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.0)
-        raise ValueError(f"There is no scale {name!r}; the nearest names are {', '.join(nearest)}.")
-    path, _, leaf = name.rpartition(".")
-    return cast("dict[str, Tensor]", model.get_submodule(path)._parameters), leaf
-
-
-def _fitting(model: GPT2, name: str, value: float | Tensor, registry: dict[str, Tensor], leaf: str) -> Tensor:
-    """The value as a tensor like the scale, or a ValueError when its shape cannot broadcast."""
+        raise ValueError(f"There is no parameter {name!r}; the nearest names are {', '.join(nearest)}.")
+    like, native = model.get_parameter(name), known[name]
     try:
-        tensor = torch.as_tensor(value, dtype=registry[leaf].dtype, device=registry[leaf].device)
+        tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} was given {value!r}; expected a number or a tensor.") from None
-    width = model.config.n_head if name.endswith("head_scale") else model.config.n_embd
-    if tensor.ndim > 3 or (tensor.ndim and tensor.shape[-1] not in (1, width)):
+    sizes = native.sizes(cast("GPT2Config", model.config))
+    behind = zip(reversed(tensor.shape), reversed(sizes), strict=False)
+    if tensor.ndim > len(sizes) or any(size is not None and found not in (1, size) for found, size in behind):
+        against = ", ".join(word if size is None else str(size) for word, size in zip(native.shape, sizes, strict=True))
+        example = ", ".join(["rows", *("1" for _ in native.shape[1:])])
         raise ValueError(
             f"{name} was given a tensor of shape {list(tensor.shape)}; "
-            f"expected one that broadcasts to [batch, position, {width}], such as [rows, 1, 1]."
+            f"expected one that broadcasts to [{against}], such as [{example}]."
         )
     return tensor
+
+
+def place_of(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    """The dict of a module that holds a parameter, and the key in it."""
+    path, _, leaf = name.rpartition(".")
+    return cast("dict[str, Tensor]", module.get_submodule(path)._parameters), leaf
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    return cast("nn.ModuleList", model.blocks)

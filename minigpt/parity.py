@@ -23,12 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt import hub
-from minigpt.checkpoint import is_scale
 from minigpt.config import OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
 from minigpt.model import GPT2
-from minigpt.parameters import scales_not_one
+from minigpt.parameters import natives, not_neutral, weights
 
 REFERENCE = "reference.safetensors"
 TOLERANCES = {
@@ -96,24 +95,24 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
 
     Raises ValueError when a scale is not 1, and when `live` is asked for without transformers.
     """
-    changed = scales_not_one(model)
+    changed = not_neutral(model)
     if changed:
         raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back to 1.")
     own = fingerprint(model)
     try:
-        stored = fingerprint(GPT2.from_pretrained(model.source.directory, dtype=_dtype(model))) if model.source else own
+        stored = fingerprint(GPT2.from_pretrained(model.source.directory, dtype=model.dtype)) if model.source else own
     except CheckpointError as error:  # the folder is gone, or another one now
         return Certificate("not certified", "", problems=(str(error),), weights=own)
     certificate = replace(_compared(model, live), weights=own)
     if stored == own:
         return certificate
     where = model.source.directory if model.source else ""
-    edited = f"The weights in memory are not those in {where}, rounded to {_dtype(model)}."
+    edited = f"The weights in memory are not those in {where}, rounded to {model.dtype}."
     return replace(certificate, verdict="failed", problems=(*certificate.problems, edited))
 
 
 def _compared(model: GPT2, live: bool) -> Certificate:
-    if _dtype(model) not in TOLERANCES:
+    if model.dtype not in TOLERANCES:
         return _in_float32(model, live)
     stored = model.source.directory / REFERENCE if model.source else None
     if stored and stored.exists() and not live:
@@ -127,7 +126,7 @@ def _in_float32(model: GPT2, live: bool) -> Certificate:
     """Certify what a half-precision model was rounded from: the checkpoint, or where there is none its own weights."""
     full = GPT2.from_pretrained(model.source.directory) if model.source else copy.deepcopy(model).float()
     full.source = model.source
-    certificate = _compared(full.to(_device(model)), live)
+    certificate = _compared(full.to(model.device), live)
     return replace(certificate, against=f"{certificate.against}, in float32" if certificate.against else "")
 
 
@@ -203,19 +202,17 @@ def differences(ours: Run, theirs: Run) -> dict[str, float]:
 def digest(model: GPT2) -> str:
     """sha256 over the weights in memory, as float32: the same for every file layout that holds them."""
     total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not is_scale(name):
-            total.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(weights(model).items()):
+        total.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
 
 
 def fingerprint(model: GPT2) -> str:
     """sha256 over the shape and every bit of the weights in memory, whatever they were loaded from."""
     total = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not is_scale(name):
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    for name, tensor in sorted(weights(model).items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -243,13 +240,13 @@ def _against_stored(model: GPT2, path: Path) -> Certificate:
             raise ValueError("the logits are of other texts")
     except (OSError, LookupError, ValueError) as error:
         return _certificate(path.name, {}, None, [f"{path} is broken or belongs to another model: {error}."])
-    ours = run(model, ids.to(_device(model)))
+    ours = run(model, ids.to(model.device))
     problems = [f"{name} have another shape." for name in expected if ours[name].shape != expected[name].shape]
     if problems:
         return _certificate(against, {}, None, [*problems, f"{path} belongs to another model."])
     if digest(model) != about.get("weights"):
         problems.append("The weights are not those that the reference was computed with.")
-    return _certificate(against, differences(ours, expected), TOLERANCES[_dtype(model)] + STORED_ROUNDING, problems)
+    return _certificate(against, differences(ours, expected), TOLERANCES[model.dtype] + STORED_ROUNDING, problems)
 
 
 def _against_transformers(model: GPT2, required: bool) -> Certificate:
@@ -266,11 +263,11 @@ def _against_transformers(model: GPT2, required: bool) -> Certificate:
         directory = model.source.directory if model.source else Path(scratch)
         if model.source is None:
             model.save_pretrained(directory)
-        expected = run_transformers(load_transformers(directory, _dtype(model)), ids)
+        expected = run_transformers(load_transformers(directory, model.dtype), ids)
     if length == 1:
         del expected["loss"]
-    found = differences(run(model, ids.to(_device(model))), expected)
-    return _certificate(f"a live run of transformers {version('transformers')}", found, TOLERANCES[_dtype(model)], [])
+    found = differences(run(model, ids.to(model.device)), expected)
+    return _certificate(f"a live run of transformers {version('transformers')}", found, TOLERANCES[model.dtype], [])
 
 
 def published_figures() -> dict[str, Any]:
@@ -291,7 +288,8 @@ def published_differences(model: GPT2, figures: dict[str, Any]) -> tuple[dict[st
     must be equal.
     """
     found, problems = dict[str, float](), list[str]()
-    count = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_scale(name))
+    native = natives(model)
+    count = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in native)
     if count != figures["parameter_count"]["gpt2"]:
         problems.append(f"The model has {count} parameters; gpt2 has {figures['parameter_count']['gpt2']}.")
         return found, problems
@@ -360,12 +358,4 @@ def _quiet_transformers() -> Iterator[Any]:
 
 
 def _row(model: GPT2, ids: list[int]) -> Tensor:
-    return torch.tensor([ids], device=_device(model))
-
-
-def _device(model: GPT2) -> torch.device:
-    return model.final_norm.weight.device
-
-
-def _dtype(model: GPT2) -> torch.dtype:
-    return model.final_norm.weight.dtype
+    return torch.tensor([ids], device=model.device)

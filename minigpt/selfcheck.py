@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.measures import squared_norms
 from minigpt.model import GPT2
-from minigpt.parameters import scale_name, scaled
+from minigpt.parameters import parameter_name, scaled
 from minigpt.sweep import Sweep, sweep
 
 JUMP_ROUNDINGS = 4
@@ -53,13 +53,12 @@ def self_check(model: GPT2, result: Sweep) -> SelfCheck:
     For every entry the cell farthest from factor 1 is computed again by `scaled` and `depths`, in a
     run of its own.
     """
-    weight = model.final_norm.weight
-    ids, rounding = result.ids.to(weight.device), torch.finfo(weight.dtype).eps
+    ids, rounding = result.ids.to(model.device), torch.finfo(model.dtype).eps
     clean = list(model.depths(ids))
     upstream, error = zip(*(_cell_alone(model, result, entry, ids, clean) for entry in range(len(result.layers))))  # noqa: B905
     checks = [
         _rows_scaled(result),
-        *([_jump(result, weight.dtype, rounding)] if result.site == "output" else []),
+        *([_jump(result, model.dtype, rounding)] if result.site == "output" else []),
         _factor_1(model, result, ids, clean),
         Check("a run of its own changes nothing upstream of its site, bit for bit", max(upstream) == 0, max(upstream)),
         Check(
@@ -115,7 +114,7 @@ def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
 
 
 def _factor_1(model: GPT2, result: Sweep, ids: Tensor, clean: list[Tensor]) -> Check:
-    with scaled(model, {scale_name(result.layers[0], result.site): 1.0}):
+    with scaled(model, {parameter_name(model, result.layers[0], result.site): 1.0}):
         departure = max(float((x - same).abs().max()) for x, same in zip(model.depths(ids), clean, strict=True))
     return Check("factor 1, run by itself, is bit-identical to the clean run", departure == 0, departure)
 
@@ -129,7 +128,7 @@ def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list
         scale = ones.index_copy_(1, torch.tensor([result.heads[entry]]), scale)
     real, in_pass = _real(result), result.statistics.difference_sq[entry, farthest]
     upstream, error = 0.0, 0.0
-    with scaled(model, {scale_name(layer, result.site): scale[None]}):
+    with scaled(model, {parameter_name(model, layer, result.site): scale[None]}):
         for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):
             alone = squared_norms(x.double() - before).cpu().where(real, 0.0).sum(-1).sqrt()
             apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / alone.clamp_min(torch.finfo(torch.float64).tiny)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from minigpt.engine import rows_at_once
 from minigpt.measures import MEASURES, Measure, PositionSet, Statistics, inner_products, squared_norms
 from minigpt.model import GPT2, Block
-from minigpt.parameters import SITES, Site, check_site, scale_name, scaled, scales_not_one
+from minigpt.parameters import not_neutral, parameter_name, scaled
 from minigpt.predictions import CHUNK, Predictions
 from minigpt.sweep import padded
 
@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     """One scale of a model."""
 
     layer: int
-    site: Site
+    site: str
     head: int | None = None
 
 
@@ -62,7 +62,7 @@ class Sensitivity:
 def sensitivity(
     model: GPT2,
     ids: Tensor | Sequence[Sequence[int]],
-    sites: Iterable[Site] = SITES[:3],
+    sites: Iterable[str] = ("output", "attention", "mlp"),
     max_bytes: int | None = None,
 ) -> Sensitivity:
     """Differentiate texts' streams and predictions with respect to log s of every scale, at s = 1.
@@ -74,10 +74,10 @@ def sensitivity(
     """
     ids, lengths = padded(ids)
     model.config.check_ids(ids)
-    if changed := scales_not_one(model):
+    if changed := not_neutral(model):
         raise ValueError(f"The derivatives are taken at 1; set {', '.join(changed)} back to 1.")
-    scales = _scales(model, [check_site(site) for site in sites])
-    device = model.final_norm.weight.device
+    scales = _scales(model, list(sites))
+    device = model.device
     at_once = rows_at_once(model, ids.numel(), max_bytes, streams=2)
     parts = [
         _differentiate(model, ids.to(device), lengths, scales[start : start + at_once])
@@ -111,9 +111,9 @@ def _as_statistics(
     )
 
 
-def _scales(model: GPT2, sites: Sequence[Site]) -> tuple[Scale, ...]:
+def _scales(model: GPT2, sites: Sequence[str]) -> tuple[Scale, ...]:
     if not sites or len(set(sites)) < len(sites):
-        raise ValueError(f"The sites are {sites}; expected different ones of {', '.join(SITES)}, at least one.")
+        raise ValueError(f"The sites are {sites}; expected different ones ones, at least one.")
     heads = {site: range(model.config.n_head) if site == "head" else (None,) for site in sites}
     layers = range(model.config.n_layer)
     return tuple(Scale(layer, site, head) for layer in layers for site in sites for head in heads[site])
@@ -160,11 +160,13 @@ def _numbers(x: Tensor, j: Tensor, *writes: Tensor) -> Tensor:
 
 def _dual_scales(model: GPT2, scales: Sequence[Scale], batch: int) -> dict[str, Tensor]:
     """Every scale that is asked for: 1 in all rows, with derivative 1 in its own."""
-    weight, tangents = model.final_norm.weight, dict[str, Tensor]()
+    tangents = dict[str, Tensor]()
     for row, scale in enumerate(scales):
         width = 1 if scale.head is None else model.config.n_head
         shape = (len(scales), batch, 1, width)
-        tangent = tangents.setdefault(scale_name(scale.layer, scale.site), weight.new_zeros(shape))
+        tangent = tangents.setdefault(
+            parameter_name(model, scale.layer, scale.site), torch.zeros(shape, dtype=model.dtype, device=model.device)
+        )
         tangent[row, :, :, scale.head or 0] = 1
     return {
         name: forward_ad.make_dual(torch.ones_like(tangent.flatten(0, 1)), tangent.flatten(0, 1))

@@ -14,7 +14,6 @@ from minigpt.engine import Cell, Grid, Place, plan, run_passes
 from minigpt.files import open_tensors, write_tensors
 from minigpt.measures import WRITTEN, Measure, PositionSet, Statistics
 from minigpt.model import GPT2
-from minigpt.parameters import Site, check_site
 from minigpt.predictions import Predictions
 
 DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
@@ -31,7 +30,7 @@ class StreamOverflowError(ValueError):
 class Sweep:
     """A grid of scaled runs beside their clean run. Axis `layer` runs over `layers` (and `heads`)."""
 
-    site: Site
+    site: str
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None
     """The head of each entry of `layers`, for the site `head`; else None."""
@@ -115,7 +114,6 @@ class Sweep:
 
     def _check_shapes(self) -> None:
         """Raise ValueError unless every tensor has the shape that the grid asks for, as those of a file may not."""
-        check_site(self.site)
         found, places = self.statistics, tuple(self.statistics.clean_sq.shape)
         cells = (len(self.layers), len(self.factors), *places)
         expected = {"difference_sq": cells, "run_sq": cells, "inner": cells, "written": (len(WRITTEN), *cells)}
@@ -145,7 +143,7 @@ def sweep(
     ids: Tensor | Sequence[Sequence[int]],
     layers: Iterable[int] | None = None,
     factors: Sequence[float] = DEFAULT_FACTORS,
-    site: Site = "output",
+    site: str = "output",
     heads: Iterable[int] | None = None,
     positions: Iterable[int] | None = None,
     predictions: bool = False,

@@ -13,10 +13,11 @@ from tests.conftest import ROOT, TINY
 ORDER = (
     ("files", "cache", "linear"),
     ("config",),
+    ("parameters",),
     ("checkpoint",),
     ("hub",),
     ("model", "predictions"),
-    ("parameters", "tokenizer", "measures"),
+    ("tokenizer", "measures"),
     ("generate", "engine"),
     ("sweep",),
     ("selfcheck", "compare", "sensitivity"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt import GPT2, Sweep, scaled, sweep
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.parameters import SITES, Site
+from minigpt.model import SITES, Site
 from minigpt.selfcheck import self_check
 from minigpt.sweep import StreamOverflowError
 from tests.conftest import ROOT, TINY

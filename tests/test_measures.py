@@ -20,7 +20,7 @@ from minigpt.measures import (
     inner_products,
     squared_norms,
 )
-from minigpt.parameters import SITES, Site
+from minigpt.model import SITES, Site
 
 EVERY = torch.arange(6)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from minigpt import GPT2, GPT2Config, scaled
-from minigpt.parameters import SITES, check_site, scale_name, scale_names, scales_not_one
+from minigpt.model import SITES, check_site, not_neutral, scale_name, scale_names
 from tests.conftest import SMALL, TINY, draw
 
 EPSILON_DEPARTURE = 1e-5
@@ -165,12 +165,12 @@ def test_a_value_that_is_no_number_is_refused(model: GPT2) -> None:
         pass
 
 
-def test_scales_not_one_finds_them_all(model: GPT2) -> None:
-    assert not scales_not_one(model)
+def test_not_neutral_finds_them_all(model: GPT2) -> None:
+    assert not not_neutral(model)
     heads = torch.tensor([1, 0, 1])
     changed = {"blocks.2.output_scale": 0.5, "blocks.1.mlp_scale": 2.0, "blocks.0.attention.head_scale": heads}
     with scaled(model, changed):
-        assert set(scales_not_one(model)) == set(changed)
+        assert set(not_neutral(model)) == set(changed)
 
 
 @pytest.mark.parametrize("name", scale_names(GPT2Config(**SMALL)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minigpt import GPT2, GPT2Config, generate, parity, scaled
 from minigpt.checkpoint import WEIGHTS, Layout, Source
 from minigpt.config import ACTIVATIONS
-from minigpt.parameters import SITES, Site, scale_name
+from minigpt.model import SITES, Site, scale_name
 from tests.conftest import SMALL, TINY, draw
 
 EXACT = parity.TOLERANCES[torch.float64]

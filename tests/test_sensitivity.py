@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minigpt import GPT2, scaled, sensitivity, sweep
 from minigpt.measures import POSITION_SETS, Measure
-from minigpt.parameters import SITES, Site
+from minigpt.model import SITES, Site
 from minigpt.sensitivity import SENSITIVITIES
 
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minigpt import GPT2, Sweep, scaled, sweep
 from minigpt.engine import Grid, Pass, Place, estimate_bytes, free_bytes, plan
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.parameters import SITES, Site, scale_name
+from minigpt.model import SITES, Site, scale_name
 from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS, StreamOverflowError, padded
 from tests.conftest import ROOT, SMALL
