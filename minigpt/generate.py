@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minigpt.cache import KeyValueCache
 from minigpt.model import GPT2
-from minigpt.parameters import natives, not_neutral, place_of
+from minigpt.parameters import current, not_neutral
 
 
 def generate(
@@ -38,7 +38,7 @@ def generate(
     def choose(logits: Tensor) -> int:
         return int(logits.argmax()) if temperature == 0 else _draw(logits / temperature, top_k, top_p, generator)
 
-    return _continue(model, ids, max_new_tokens, cache, choose, _values(model))
+    return _continue(model, ids, max_new_tokens, cache, choose, list(current(model).values()))
 
 
 def _continue(
@@ -52,7 +52,7 @@ def _continue(
     device = model.device
     read = torch.tensor([ids], device=device)
     for _ in range(count):
-        if not all(now is then for now, then in zip(_values(model), scales, strict=True)):
+        if not all(now is then for now, then in zip(current(model).values(), scales, strict=True)):
             raise ValueError("The scales changed while a text was generated; take all ids inside the `with scaled`.")
         with torch.no_grad():
             logits = model.unembed(model.final_norm(model.last_depth(read, cache)[0, -1]))
@@ -62,11 +62,6 @@ def _continue(
             return
         new = torch.tensor([[token]], device=device)
         read = torch.cat([read, new], dim=1) if cache is None else new
-
-
-def _values(model: GPT2) -> list[Tensor]:
-    """The tensors that stand for the native parameters now."""
-    return [registry[leaf] for registry, leaf in (place_of(model, name) for name in natives(model))]
 
 
 def _draw(logits: Tensor, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> int:

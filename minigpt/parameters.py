@@ -92,10 +92,16 @@ def block_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
+def current(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that stand for the native parameters now, by name."""
+    places = {name: _place(model, name) for name in natives(model)}
+    return {name: registry[leaf] for name, (registry, leaf) in places.items()}
+
+
 def not_neutral(model: nn.Module) -> dict[str, Tensor]:
     """The native parameters whose value is not neutral, by name: empty for a clean model."""
-    found = {name: (model.get_parameter(name), native.neutral) for name, native in natives(model).items()}
-    return {name: value for name, (value, neutral) in found.items() if not bool((value == neutral).all())}
+    values, declared = current(model), natives(model)
+    return {name: value for name, value in values.items() if not bool((value == declared[name].neutral).all())}
 
 
 def check_clean(model: nn.Module) -> None:
@@ -131,7 +137,7 @@ def scaled(model: nn.Module, values: Values) -> Generator[Any]:
 @contextmanager
 def assigned(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Set native parameters of a model, or of a block, to tensors that fit, and restore them."""
-    places = {name: place_of(module, name) for name in values}
+    places = {name: _place(module, name) for name in values}
     before = {name: registry[leaf] for name, (registry, leaf) in places.items()}
     try:
         for name, (registry, leaf) in places.items():
@@ -153,7 +159,8 @@ def fitted(model: nn.Module, name: str, value: float | Tensor) -> Tensor:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.0)
         raise ValueError(f"There is no parameter {name!r}; the nearest names are {', '.join(nearest)}.")
-    like, native = model.get_parameter(name), known[name]
+    (registry, leaf), native = _place(model, name), known[name]
+    like = registry[leaf]
     try:
         tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
@@ -170,7 +177,7 @@ def fitted(model: nn.Module, name: str, value: float | Tensor) -> Tensor:
     return tensor
 
 
-def place_of(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     """The dict of a module that holds a parameter, and the key in it."""
     path, _, leaf = name.rpartition(".")
     return cast("dict[str, Tensor]", module.get_submodule(path)._parameters), leaf
