@@ -7,7 +7,7 @@ d - 1, depth n_layer the raw output of the last block. The stream after the fina
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
@@ -96,7 +96,7 @@ class Block(nn.Module):
     output_scale: Tensor
     position_embedding: ClassVar[bool] = True
     """Whether the model adds an embedding of the position to that of the token."""
-    norm: ClassVar[Callable[[int, float], nn.Module]] = nn.LayerNorm
+    norm: ClassVar[type[nn.Module]] = nn.LayerNorm
     """Makes the norm layers, that at the model's end too, of n_embd and an epsilon."""
     attention_class: ClassVar[type[Attention]] = Attention
     mlp_class: ClassVar[type[MLP]] = MLP
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 SITES = tuple(native.site for native in (*Block.native, *Attention.native))
-"""The sites of GPT-2's block; `parameters.sites` tells those of a model."""
+"""The sites of GPT-2's block; `parameters.sites_of` tells those of a model."""
 
 
 def block_named(name: str) -> type[Block]:
