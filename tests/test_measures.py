@@ -141,11 +141,11 @@ def test_carried_and_written_add_up(
 ) -> None:
     """norm(D + w)^2 = norm(D)^2 + 2 D.w + norm(w)^2 at every block after the site; the two parts' D.w add up."""
     layers, factors = (1, 0), (0.5, 1.5, -2.0)
-    statistics = sweep(small(dtype=dtype), ids, layers, factors, site).statistics
-    value = {name: statistics.measure(name, positions) for name in MEASURES if name not in OF_PREDICTIONS}
+    result = sweep(small(dtype=dtype), ids, layers, factors, site)
+    value = {name: result.measure(name, positions) for name in MEASURES if name not in OF_PREDICTIONS}
     carried, after = value["frobenius"][:, :, :-2], value["frobenius"][:, :, 1:-1]
     near = ADD_UP[dtype]
-    for entry, layer in enumerate(layers):
+    for entry, layer in enumerate(result.layers):
         blocks = slice(layer + 1, None)
         norm, cosine = value["written"][entry, :, 1:-1][:, blocks], value["alignment"][entry, :, 1:-1][:, blocks]
         before = carried[entry, :, blocks]
