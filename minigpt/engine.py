@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -461,7 +461,8 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
     Raises ValueError when `max_bytes` is too little for one run, and StreamOverflowError.
     """
     passes = plan(job, max_bytes)
-    torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
+    with suppress(MemoryError, RuntimeError):  # where so much is not to be had, it is not worth having
+        torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
     places = run_passes(passes)
     gathered = Gathered(job, cells)
     for place in progress(places, len(passes) * job.count) if progress else places:

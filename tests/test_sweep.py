@@ -506,12 +506,12 @@ torch.testing.assert_close(result.statistics.difference_sq, again.statistics.dif
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory, and to read how much is used")
 def test_a_pass_that_runs_out_of_memory_is_halved_and_says_so() -> None:
-    command = [sys.executable, "-W", "error", "-c", FAR_BEYOND, "200"]
+    command = [sys.executable, "-W", "error", "-c", FAR_BEYOND, "75"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "Out of memory with 400 runs of 2 texts beside the clean run; they are halved" in done.stderr
+    assert "Out of memory with 150 runs of 2 texts beside the clean run; they are halved" in done.stderr
 
 
 @pytest.fixture
