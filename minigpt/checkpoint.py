@@ -152,7 +152,7 @@ def check_block(directory: Path, stored: str | None, given: str | None) -> None:
     arrived = f"the block {given} was given" if given else "no block was given"
     raise CheckpointError(
         f"{directory} was saved with the block {stored}, and {arrived}. If you trust that block's code, import it and "
-        f"give it: GPT2.from_pretrained(..., block={stored.partition(':')[2]}), or --block {stored}."
+        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {stored}."
     )
 
 
@@ -346,7 +346,6 @@ def save(directory: Path, config: GPT2Config, state: dict[str, Tensor], layout: 
     tensors = {key: t.clone() if shared[t.data_ptr()] > 1 else t for key, t in tensors.items()}
     dtype = str(state[_EMBEDDING].dtype).removeprefix("torch.")
     text = json.dumps({**config.to_dict(layout.block if layout.own else None), "dtype": dtype}, indent=2) + "\n"
-    # transformers refuses a file whose format it does not know.
     about = {"format": "minigpt" if layout.own else "pt"}
     files: dict[str, Callable[[Path], object]] = {
         WEIGHTS: lambda file: save_file(tensors, file, about),

@@ -131,7 +131,7 @@ def block_named(name: str) -> type[Block]:
     try:
         found = attrgetter(leaf)(importlib.import_module(module))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"The block {name!r} cannot be had ({error}); expected package.module:Name.") from None
+        raise ValueError(f"The block {name!r} cannot be imported ({error}); expected package.module:Name.") from None
     if not (isinstance(found, type) and issubclass(found, Block)):
         raise ValueError(f"The block {name!r} is not a subclass of minigpt.Block.")
     return found

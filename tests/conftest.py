@@ -12,7 +12,7 @@ if "official" not in sys.argv:  # before huggingface_hub is imported, which read
 import pytest
 import torch
 
-from minigpt import GPT2, GPT2Config
+from minigpt import GPT2, Block, GPT2Config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """For the tests of pages; they are skipped where there is none."""
@@ -21,9 +21,15 @@ TINY = ROOT / "weights" / "tiny"
 SMALL = {"vocab_size": 97, "n_positions": 24, "n_embd": 36, "n_head": 3, "n_layer": 4}
 
 
-def draw(config: GPT2Config, seed: int = 0, dtype: torch.dtype = torch.float64, std: float = 0.2) -> GPT2:
+def draw(
+    config: GPT2Config,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    std: float = 0.2,
+    block: type[Block] = Block,
+) -> GPT2:
     """A model whose every weight matters: biases and norms are drawn too, and drawn large."""
-    model = GPT2(config).to(dtype)
+    model = GPT2(config, block).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,8 +43,8 @@ def draw(config: GPT2Config, seed: int = 0, dtype: torch.dtype = torch.float64, 
 def small() -> Callable[..., GPT2]:
     """Make a small random model; arguments are fields of GPT2Config."""
 
-    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: object) -> GPT2:
-        return draw(GPT2Config(**{**SMALL, **fields}), seed, dtype)
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, block: type[Block] = Block, **fields: object) -> GPT2:
+        return draw(GPT2Config(**{**SMALL, **fields}), seed, dtype, block=block)
 
     return make
 
