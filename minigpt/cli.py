@@ -67,7 +67,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(
+def load_model(
     name: str, block: str | None, device: str, dtype: str, revision: str | None = None, offline: bool = False
 ) -> model.GPT2:
     """The model that the options ask for. Raises ValueError, CheckpointError among them, for one that cannot be had."""
@@ -134,7 +134,7 @@ def verify(
 
     A model of another block is held against a reference of its own, where `minigpt reference` stored one.
     """
-    certificate = parity.certify(load(model, block, device, dtype, revision, offline), live)
+    certificate = parity.certify(load_model(model, block, device, dtype, revision, offline), live)
     if as_json:
         typer.echo(json.dumps({"model": model, **certificate.to_dict()}, indent=2))
     else:
@@ -178,7 +178,7 @@ def doctor(
     offline: Offline = False,
 ) -> None:
     """Check that the numbers of this very machine can be believed; exit code 1 if something is off."""
-    loaded = load(model, block, device, dtype, revision, offline)
+    loaded = load_model(model, block, device, dtype, revision, offline)
     findings = list[Finding]()
     for finding in examine(loaded):
         findings.append(finding)
@@ -221,7 +221,7 @@ def generate_command(
         raise ValueError("--scale names the same scale twice; give each one once.")
     if temperature == 0 and (top_k, top_p, seed) != (None, None, None):
         raise ValueError("--top-k, --top-p and --seed draw nothing at temperature 0; add --temperature 1.")
-    loaded = admit(load(model, block, device, dtype, revision, offline))
+    loaded = admit(load_model(model, block, device, dtype, revision, offline))
     tokenizer = Tokenizer.from_pretrained(model, revision, offline)
     ids = tokenizer.encode(prompt)
     with scaled(loaded, scales):
