@@ -141,11 +141,12 @@ def test_a_block_of_the_current_folder_is_found_behind_all_that_is_installed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "huggingface_hub.py").write_text(MINE)
+    (tmp_path / "colorsys.py").write_text(MINE)  # a module of Python's own that nothing here has imported
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     assert "not comparable" in run("verify", TINY, "--block", "mine:Mine")[1]
-    assert "huggingface_hub attribute Mine" in run("verify", TINY, "--block", "huggingface_hub:Mine")[2]
+    assert "has no attribute 'Mine'" in run("verify", TINY, "--block", "colorsys:Mine")[2]
 
 
 @pytest.mark.parametrize(
