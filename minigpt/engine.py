@@ -1,362 +1,592 @@
-"""Many scaled runs beside their clean run, in one pass, or in as few as memory allows.
+"""Many runs beside their clean run, through the model's own blocks, in as few passes as memory allows.
 
-Words of this file: an entry is one of the layers (for the site `head` a layer and a head) studied; a
-cell is one scaled run, an entry with a factor; a place is a depth 0 .. n_layer, or `final`.
+A run is a dict of native parameters, as `scaled` takes it. It leaves the clean run at the first block that it names:
+that block gets the clean row and the values of all runs that leave there, [run, 1, 1] each, and broadcasting makes
+as many rows of it. So no clean block is computed twice, and each weight is read once for as many rows as fit the
+processor's cache. The block's equations stand in its `forward` alone; what its sublayers write is read there, by hooks.
 
-Row 0 of the streams is the clean run. A cell joins them when its site is reached, and starts from
-the clean row: for a site inside a block from the clean write, which is computed once. So no clean
-block is computed twice, and each weight is read once for as many rows as fit the processor's cache.
-Only numbers per position leave a place: see `Place`.
+Words of this file: streams are [row, batch, position, n_embd], row 0 of the first slab is the clean run; a slab is the
+rows that go through a block together; a place is a depth 0 .. n_layer, or `final`. Only numbers per position leave a
+place: see `Place`.
 """
 
 import logging
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pad_sequence
 
-from minigpt.measures import WRITTEN
-from minigpt.model import GPT2, Attention, Block
-from minigpt.parameters import not_neutral, parameter_name
+from minigpt.measures import WRITERS, Statistics, inner_products, squared_norms
+from minigpt.model import GPT2, Block
+from minigpt.parameters import Values, assigned, block_of, check_clean, fit, natives
 from minigpt.predictions import Predictions, predict, prediction_numbers
 
 logger = logging.getLogger("minigpt")
-Cell = tuple[int, int]
-"""The index of an entry, and the index of a factor."""
 CPU_SLAB, GPU_SLAB = 1024, 65536
 """Tokens that go through a block together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
-SLABS_AT_ONCE = 4
-"""Of runs that cannot share a prefix."""
+MALLOC_KEEPS = 2**25 - 2**16
+"""Bytes. The C library gives freed memory back, and every page of it costs again when it is next used. Once it has freed
+a piece of almost 32 MiB it keeps twice as much (mallopt(3), M_MMAP_THRESHOLD: the threshold adjusts itself)."""
 SHARE_OF_FREE_MEMORY = 0.25
-"""What a sweep may take where nothing else is asked for."""
+"""What a computation may take where nothing else is asked for."""
+Progress = Callable[[Iterable["Place"], int], Iterable["Place"]]
+"""Wraps the places of all passes as they come; the number says how many there will be."""
+Predict = Callable[[GPT2, Tensor, Tensor, Tensor], Predictions]
+"""Streams at the last depth, their ids and lengths -> what is kept of the predictions: [row, batch, position]."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is to be run: entries times factors."""
+class Job:
+    """What is to be run, and what is kept of it."""
 
-    site: str
-    layers: tuple[int, ...]
-    """Of every entry."""
-    heads: tuple[int, ...] | None
-    """Of every entry, for the site `head`; else None."""
-    factors: tuple[float, ...]
-    positions: tuple[int, ...] | None = None
-    """The positions that alone are scaled; None for all."""
-    predictions: bool = False
-    """Whether the next-token distributions are compared, which takes the unembedding."""
+    model: GPT2
+    ids: Tensor
+    """Padded on the right: [batch, position]."""
+    lengths: Tensor
+    """How many tokens each text has: [batch]."""
+    runs: Sequence[Mapping[str, Tensor]]
+    predict: Predict | None = None
+    """What reads the last depth, where predictions are asked for."""
+    tangents: bool = False
+    """Whether the values are dual numbers, and a run's tangent stands in the place of its difference."""
+    steps: bool = False
+    """Whether the norm of what every block adds is kept."""
+    neutral: Mapping[str, Tensor] = field(default_factory=dict)
+    """The neutral value of every parameter that a run names."""
 
     @classmethod
     def checked(
         cls,
         model: GPT2,
-        layers: Iterable[int] | None,
-        factors: Sequence[float],
-        site: str,
-        heads: Iterable[int] | None,
-        positions: Iterable[int] | None,
-        length: int,
-        predictions: bool = False,
-    ) -> "Grid":
-        """The grid for a model and texts of up to `length` tokens, or a ValueError that says what is out of range."""
-        changed = not_neutral(model)
-        if changed:
-            raise ValueError(f"The clean run needs every scale to be 1; set {', '.join(changed)} back to 1.")
-        chosen = _in_range("layer", layers, model.config.n_layer)
-        where = None if positions is None else _in_range("position", positions, length)
-        parameter_name(model, 0, site)
-        numbers = tuple(map(float, factors))
-        if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
-            raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
-        dtype = model.dtype
-        for factor, applied in zip(numbers, torch.tensor(numbers, dtype=dtype).tolist(), strict=True):
-            if applied == 1 != factor:
-                raise ValueError(f"The factor {factor!r} is 1 in {dtype} and changes nothing; take one farther off.")
-        if site != "head":
-            if heads is not None:
-                raise ValueError(f"heads were given with the site {site!r}; they belong to the site 'head'.")
-            return cls(site, chosen, None, numbers, where, predictions)
-        pairs = [(layer, head) for layer in chosen for head in _in_range("head", heads, model.config.n_head)]
-        of_layer, of_head = zip(*pairs, strict=True)
-        return cls(site, of_layer, of_head, numbers, where, predictions)
+        texts: Tensor | Sequence[Sequence[int]],
+        runs: Sequence[Values],
+        predictions: bool | Predict = False,
+        *,
+        tangents: bool = False,
+        steps: bool = False,
+    ) -> "Job":
+        """Texts and runs that fit a clean model, or a ValueError that says what does not."""
+        check_clean(model)
+        ids, lengths = padded(texts)
+        model.config.check_ids(ids)
+        fitting, declared = fit(model, runs), natives(model)
+        for name, value in (item for run in fitting for item in run.items()):
+            if block_of(name) < 0:
+                raise ValueError(f"{name} acts before the blocks; only `scaled` takes it.")
+            _check_axes(name, value, declared[name].shape, ids)
+        names = {name for run in fitting for name in run}
+        neutral = {
+            name: torch.full((1,) * len(declared[name].shape), declared[name].neutral, dtype=model.dtype).to(
+                model.device
+            )
+            for name in names
+        }
+        predict = predict_logits if predictions is True else predictions or None
+        return cls(model, ids, lengths, fitting, predict, tangents, steps, neutral)
 
     @property
-    def entries(self) -> range:
-        """The indices of the entries."""
-        return range(len(self.layers))
-
-    def cells(self) -> list[Cell]:
-        """The cells that need a run, in the order in which they join: factor 1 is the clean run itself."""
-        entries = sorted(self.entries, key=self.layers.__getitem__)
-        return [(i, j) for i in entries for j, factor in enumerate(self.factors) if factor != 1]
+    def count(self) -> int:
+        """How many places there are."""
+        return len(self.model.blocks) + 2
 
 
-def _in_range(what: str, chosen: Iterable[int] | None, count: int) -> tuple[int, ...]:
-    """The chosen indices, or all; ValueError when one is out of range or chosen twice."""
-    indices = tuple(range(count)) if chosen is None else tuple(map(operator.index, chosen))
-    if not indices or len(set(indices)) < len(indices) or not all(0 <= index < count for index in indices):
-        raise ValueError(f"The {what}s are {indices}; expected different numbers from 0 to {count - 1}.")
-    return indices
+def predict_logits(model: GPT2, streams: Tensor, ids: Tensor, lengths: Tensor) -> Predictions:
+    """Every row's next-token distributions beside row 0's."""
+    return predict(model.unembed, model.final_norm, streams, ids, lengths)
+
+
+def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Texts as one tensor [batch, position], and their lengths [batch]. Raises ValueError for an empty text."""
+    if isinstance(texts, Tensor):
+        full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
+        return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
+    if isinstance(texts, str) or not all(isinstance(text, Sequence) and not isinstance(text, str) for text in texts):
+        raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
+    lengths = [len(text) for text in texts]
+    if not lengths or not min(lengths):
+        raise ValueError(
+            f"The texts have {lengths} tokens; expected at least one text, and in each at least one token."
+        )
+    rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
+    return pad_sequence(rows, batch_first=True), torch.tensor(lengths)
+
+
+def _check_axes(name: str, value: Tensor, words: Sequence[str], ids: Tensor) -> None:
+    """Raise ValueError where a value has another number of texts or positions than there are."""
+    found = (1,) * (len(words) - value.ndim) + tuple(value.shape)
+    if found[0] not in (1, ids.shape[0]) or found[1] not in (1, ids.shape[1]):
+        raise ValueError(
+            f"{name} has a value of shape {list(value.shape)}; expected a number, or 1 or {ids.shape[0]} texts by 1 or "
+            f"{ids.shape[1]} positions: [{', '.join(words)}]."
+        )
 
 
 @dataclass(frozen=True)
 class Place:
-    """What leaves a pass at one place: numbers per position, float64."""
+    """What leaves a pass at one place: numbers per position, float64, on the CPU."""
 
     texts: slice
     """Which of the texts went through this pass."""
     index: int
     """A depth, or n_layer + 1 for `final`."""
-    cells: Sequence[Cell]
-    """The cells that have joined."""
-    difference: Tensor
-    """Squared norm of scaled minus clean: [cell, batch, position]."""
-    scaled: Tensor
-    """Squared norm of the scaled stream, same axes."""
-    inner: Tensor
-    """Inner product of the scaled and the clean stream, same axes."""
-    clean: Tensor
+    runs: Sequence[int]
+    """The runs that have left the clean one."""
+    numbers: Tensor
+    """Squared norm of the difference, squared norm of the run's stream, its inner product with the clean one: [3, run,
+    batch, position]."""
+    clean_sq: Tensor
     """Squared norm of the clean stream: [batch, position]."""
-    written: Tensor
-    """At depth d + 1, what block d wrote otherwise than in the clean run, the numbers that `WRITTEN` names: [number,
-    cell, batch, position]. Zero up to the cell's site, at depth 0 and at `final`."""
+    written: Tensor | None = None
+    """At depth d + 1, of what block d wrote otherwise than in the clean run: its squared norm, and its inner product
+    with the difference that the block carried: [writer, 2, run, batch, position], of the runs that left before."""
+    steps_sq: Tensor | None = None
+    """Squared norm of what the block added to the stream, first in the clean run: [1 + run, batch, position]."""
     predictions: Predictions | None = None
-    """At `final`, where they are asked for: rows are the clean run and then the cells."""
-
-
-@dataclass(frozen=True)
-class CleanBlock:
-    """What a block made of the clean run, [batch, position, n_embd] each: what new cells start from."""
-
-    x: Tensor
-    """The stream before the block, float64 as `u` and `y`."""
-    u: Tensor
-    """After attention has written."""
-    y: Tensor
-    """After the MLP has written."""
-    attention: Tensor
-    mlp: Tensor
-    """What they wrote."""
-    z: Tensor
-    """What every head mixed: [batch, position, n_head, head_width]."""
+    """At `final`, where they are asked for: rows are the clean run and then the runs."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A clean run of some texts, and some cells of the grid beside it."""
+    """A clean run of some texts, and some of the runs beside it."""
 
-    model: GPT2
-    grid: Grid
+    job: Job
     texts: slice
     ids: Tensor
-    """Their tokens: [batch, position]."""
-    cells: Sequence[Cell]
     lengths: Tensor
-    """How many tokens each text has: [batch]."""
+    runs: Sequence[int]
+    """In the order in which they leave the clean run."""
 
-    @torch.no_grad()
+    @torch.no_grad()  # which stops backward derivatives only
     def places(self) -> Iterator[Place]:
         """Run, and yield the numbers of every place, from depth 0 to `final`."""
-        model, weight = self.model, self.model
-        shape = (1 + len(self.cells), *self.ids.shape, model.config.n_embd)
-        streams = torch.empty(shape, dtype=model.dtype, device=model.device)
-        streams[0] = model.embed(self.ids)
-        begun, scratch = 1, self._scratch()
-        yield self._place(0, streams[:begun], scratch)
+        model, slabs, gone = self.job.model, [self.job.model.embed(self.ids)[None]], 0
+        yield self._place(0, slabs, 0)
         for layer, block in enumerate(model.blocks):
-            new = [cell for cell in self.cells if self.grid.layers[cell[0]] == layer]
-            written = self._run_block(block, streams[:begun], streams[begun : begun + len(new)], new, scratch)
-            begun += len(new)
-            yield self._place(layer + 1, streams[:begun], scratch, written=written)
-        last = len(model.blocks) + 1
-        yield self._place(last, streams, scratch, model.final_norm, predictions=self._predict(streams))
+            old, new = self.runs[:gone], [run for run in self.runs if _leaves_at(self.job.runs[run]) == layer]
+            slabs, found = self._through(layer, block, slabs, old, new)
+            gone += len(new)
+            yield self._place(layer + 1, slabs, gone, **found)
+        predict, final = self.job.predict, len(model.blocks) + 1
+        predictions = predict(model, torch.cat(slabs), self.ids, self.lengths) if predict else None
+        normed = [model.final_norm(slab.flatten(0, 1)).view_as(slab) for slab in slabs]
+        yield self._place(final, normed, gone, predictions=predictions)
 
     def halves(self) -> list["Pass"]:
-        """The same cells on the same texts in two passes. Raises ValueError when there is one of each."""
-        if len(self.cells) > 1:
-            half = len(self.cells) // 2
-            return [replace(self, cells=cells) for cells in (self.cells[:half], self.cells[half:])]
+        """The same runs on the same texts in two passes. Raises ValueError when there is one of each."""
+        if len(self.runs) > 1:
+            half = len(self.runs) // 2
+            return [replace(self, runs=runs) for runs in (self.runs[:half], self.runs[half:])]
         if len(self.ids) == 1:
-            raise ValueError(f"The memory is too little for one scaled run of {self.ids.shape[1]} tokens; shorten it.")
+            raise ValueError(f"The memory is too little for one run of {self.ids.shape[1]} tokens; shorten it.")
         half, first, last = len(self.ids) // 2, self.texts.start, self.texts.stop
         return [
             replace(self, texts=slice(first, first + half), ids=self.ids[:half], lengths=self.lengths[:half]),
             replace(self, texts=slice(first + half, last), ids=self.ids[half:], lengths=self.lengths[half:]),
         ]
 
-    def _run_block(
-        self, block: Block, streams: Tensor, joining: Tensor, new: Sequence[Cell], scratch: Tensor
-    ) -> Tensor:
-        """u = x + attention(norm(x)); y = u + mlp(norm(u)); in place, slab by slab, and then new cells join.
+    def _through(
+        self, layer: int, block: Block, slabs: Sequence[Tensor], old: Sequence[int], new: Sequence[int]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The slabs after a block, the new runs at their end; and what the block wrote and added, as `Place` has it."""
+        memory = None if self.job.tangents else CleanLeaves(block, len(self.ids))
+        after, written, steps, clean = list[Tensor](), list[Tensor](), list[Tensor](), None
+        for slab, runs in zip(slabs, _dealt([None, *old], slabs), strict=True):
+            values = self._values(layer, runs)
+            with _observed(block) as writes, memory.recorded() if memory and new and clean is None else nullcontext():
+                out = _call(block, slab, values)
+            parts = {part: _write(found, values.get(f"{part}_scale"), slab) for part, found in writes.items()}
+            clean = clean or Clean(slab[0], out[0], {part: write[0] for part, write in parts.items()})
+            written.append(self._written(clean, slab, out, parts))
+            steps += [squared_norms(out - slab)] if self.job.steps else []
+            after.append(out)
+        if new and clean:
+            left = self._left(layer, block, clean.before, new, memory)
+            steps += [squared_norms(left - clean.before)] if self.job.steps else []
+            after += torch.cat([after.pop(), left]).split(self._rows)
+        found = {"written": torch.cat(written, 2)[:, :, 1:].double().cpu()}
+        return after, {**found, "steps_sq": torch.cat(steps).cpu()} if steps else found
 
-        Returns the numbers that `WRITTEN` names, of all cells: [number, cell, batch, position].
+    def _left(self, layer: int, block: Block, x: Tensor, new: Sequence[int], memory: "CleanLeaves | None") -> Tensor:
+        """The streams of runs that leave the clean one at this block, of the clean stream x before it.
+
+        Text by text: a row [1, position, n_embd] and values [run, 1, 1] broadcast to [run, position, n_embd].
         """
-        shape = (1 + len(self.cells), len(WRITTEN), *self.ids.shape)
-        numbers = torch.zeros(shape, dtype=torch.float64, device=streams.device)
-        clean: CleanBlock | None = None
-        for slab, into in zip(self._slabs(streams), self._slabs(numbers[: len(streams)]), strict=True):
-            carried, by_attention, by_mlp, product = scratch[:, : len(slab)]
-            carried.copy_(slab)
-            z = block.attention.mix(block.attention_norm(slab.flatten(0, 1)))
-            attention = block.attention.projection(z.flatten(2)).view_as(slab)
-            by_attention.copy_(slab.add_(attention))
-            mlp = block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab)
-            by_mlp.copy_(slab.add_(mlp))
-            if clean is None:  # the first slab holds the clean row, which everything else is compared with
-                rows = (carried, by_attention, by_mlp, attention, mlp)
-                x, u, y, attention_row, mlp_row = (row[0].clone() for row in rows)
-                clean = CleanBlock(x, u, y, attention_row, mlp_row, z[: self.ids.shape[0]].clone())
-            by_mlp.sub_(clean.y).sub_(by_attention.sub_(clean.u))
-            by_attention.sub_(carried.sub_(clean.x))
-            _written(carried, by_attention, by_mlp, product, into)
-        if clean is not None and new:
-            self._start(block, joining, new, clean)
-        return numbers[1:].transpose(0, 1)
+        values = self._values(layer, new)
+        texts = list[Tensor]()
+        for text in range(len(x)):
+            parts = list[Tensor]()
+            for start in range(0, len(new), at_once := max(1, _slab_tokens(x.device) // x.shape[1])):
+                some = {
+                    name: value[start : start + at_once, min(text, value.shape[1] - 1)]
+                    for name, value in values.items()
+                }
+                with memory.recalled(text) if memory else nullcontext(), assigned(block, some):
+                    out = block(x[text : text + 1])
+                parts.append(out.expand(len(new[start : start + at_once]), -1, -1))
+            texts.append(torch.cat(parts))
+        return torch.stack(texts, 1)
 
-    def _start(self, block: Block, joining: Tensor, new: Sequence[Cell], clean: "CleanBlock") -> None:
-        """Fill the rows of new cells, which leave the clean run at this block's site."""
-        entries, site = self.grid.entries, self.grid.site
-        x, u, y = (stream.to(joining.dtype) for stream in (clean.x, clean.u, clean.y))
-        if site == "output":
-            self._join(joining, new, dict.fromkeys(entries, y), 0)
-        elif site == "mlp":
-            self._join(joining, new, dict.fromkeys(entries, clean.mlp), u)
-        else:
-            if site == "attention":
-                self._join(joining, new, dict.fromkeys(entries, clean.attention), x)
-            else:
-                self._join(joining, new, self._head_writes(block.attention, clean.z, new), u, less=1)
-            for slab in self._slabs(joining):
-                slab.add_(block.mlp(block.mlp_norm(slab.flatten(0, 1))).view_as(slab))
+    @property
+    def _rows(self) -> int:
+        """How many rows go through a block together."""
+        return max(1, _slab_tokens(self.ids.device) // self.ids.numel())
 
-    def _join(
-        self, rows: Tensor, cells: Sequence[Cell], parts: Mapping[int, Tensor], rest: Tensor | float, less: int = 0
-    ) -> None:
-        """Fill the rows of new cells: the rest of the clean stream plus (factor - less) times the entry's part."""
-        for row, (entry, factor) in zip(rows, cells, strict=True):
-            torch.mul(parts[entry], self._multipliers[factor] - less, out=row).add_(rest)
+    def _values(self, layer: int, runs: Sequence[int | None]) -> dict[str, Tensor]:
+        """Name in the block -> values of some rows (None is the clean run), neutral where a run does not name it.
 
-    def _head_writes(self, attention: Attention, z: Tensor, new: Sequence[Cell]) -> dict[int, Tensor]:
-        """What the head of each new entry writes, of z [batch, position, n_head, head_width], by entry."""
-        columns = attention.projection.weight.unflatten(1, (attention.n_head, -1))
-        heads = {entry: self.grid.heads[entry] for entry, _ in new} if self.grid.heads else {}
-        return {entry: z[:, :, head] @ columns[:, head].T for entry, head in heads.items()}
+        [row, text or 1, position or 1, ...]; empty where none of the runs names a parameter of the block.
+        """
+        prefix = f"blocks.{layer}."
+        given = [{} if run is None else self.job.runs[run] for run in runs]
+        found = dict[str, Tensor]()
+        for name in dict.fromkeys(name for run in given for name in run if name.startswith(prefix)):
+            neutral = self.job.neutral[name]
+            rows = [self._cut(run.get(name, neutral), neutral.ndim) for run in given]
+            found[name.removeprefix(prefix)] = torch.stack(torch.broadcast_tensors(*rows))
+        return found
+
+    def _cut(self, value: Tensor, axes: int) -> Tensor:
+        """A value as [text or 1, position or 1, ...], of the texts and positions of this pass."""
+        value = value.reshape((1,) * (axes - value.ndim) + tuple(value.shape))
+        value = value[self.texts] if value.shape[0] > 1 else value
+        return value[:, : self.ids.shape[1]] if value.shape[1] > 1 else value
+
+    def _difference(self, x: Tensor, clean: Tensor) -> Tensor:
+        """What of x is not the clean one, or its tangent."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if not self.job.tangents:
+            return x.to(wide) - clean.to(wide)
+        tangent = forward_ad.unpack_dual(x).tangent
+        return (torch.zeros_like(x) if tangent is None else tangent).to(wide)
+
+    def _written(self, clean: "Clean", before: Tensor, after: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """What a block, its attention and its MLP wrote otherwise than in the clean run: see `Place`; not a number for
+        a sublayer that the block does not have."""
+        carried = self._difference(before, clean.before)
+        writes = {"": self._difference(after, clean.after) - carried}
+        writes |= {part: self._difference(write, clean.writes[part]) for part, write in parts.items()}
+        numbers = carried.new_full((len(WRITERS), 2, *carried.shape[:-1]), torch.nan)
+        for (whole, inner), writer in zip(numbers, WRITERS, strict=True):
+            if (write := writes.get(_part(writer))) is not None:
+                whole.copy_(torch.linalg.vecdot(write, write))
+                inner.copy_(torch.linalg.vecdot(carried, write))
+        return numbers
+
+    def _place(self, index: int, slabs: Sequence[Tensor], gone: int, **found: Any) -> Place:
+        """The numbers of a place, of streams that were normed where it is `final`."""
+        clean = _primal(slabs[0][0]).double()
+        numbers = torch.cat([self._numbers(slab, clean) for slab in slabs], 1).cpu()
+        return Place(self.texts, index, self.runs[:gone], numbers[:, 1:], numbers[1, 0], **found)
+
+    def _numbers(self, slab: Tensor, clean: Tensor) -> Tensor:
+        """What `Place.numbers` says, of every row; to first order in the tangents, where those stand for runs."""
+        x, y = self._scratch[:, : len(slab)]
+        numbers = x.new_empty(3, *x.shape[:-1])
+        difference, run, inner = numbers
+        if self.job.tangents:
+            x.copy_(self._difference(slab, clean))
+            torch.sum(torch.mul(x, clean, out=y), -1, out=inner)
+            torch.sum(x.square_(), -1, out=difference)
+            run.copy_(inner_products(clean, clean))
+            inner.add_(run)
+            return numbers
+        x.copy_(slab)
+        torch.sum(torch.sub(x, clean, out=y).square_(), -1, out=difference)
+        torch.sum(torch.mul(x, clean, out=y), -1, out=inner)
+        torch.sum(x.square_(), -1, out=run)
+        return numbers
 
     @cached_property
-    def _multipliers(self) -> Tensor:
-        """Every factor, as a column that multiplies a stream: [factor, 1 or position, 1]."""
-        streams = self.model
-        factors = torch.tensor(self.grid.factors, dtype=streams.dtype, device=streams.device)[:, None, None]
-        if self.grid.positions is None:
-            return factors
-        at = [position for position in self.grid.positions if position < self.ids.shape[1]]
-        only = torch.ones_like(factors).repeat(1, self.ids.shape[1], 1)
-        only[:, at] = factors
-        return only
-
-    def _slabs(self, streams: Tensor) -> Sequence[Tensor]:
-        """The rows in slabs that go through a sublayer together."""
-        return streams.split(_rows_of_slab(self.ids.numel(), streams.device))
-
-    def _place(
-        self,
-        index: int,
-        streams: Tensor,
-        scratch: Tensor,
-        norm: Callable[[Tensor], Tensor] = lambda x: x,
-        written: Tensor | None = None,
-        predictions: Predictions | None = None,
-    ) -> Place:
-        """The numbers per position of the streams, normed first where it is asked for."""
-        clean = norm(streams[0]).double()
-        numbers = torch.empty(len(streams), 3, *self.ids.shape, dtype=torch.float64, device=streams.device)
-        for slab, into in zip(self._slabs(streams), self._slabs(numbers), strict=True):
-            x, y = scratch[:2, : len(slab)]
-            x.copy_(norm(slab))
-            torch.sum(torch.sub(x, clean, out=y).square_(), -1, out=into[:, 0])
-            torch.sum(torch.mul(x, clean, out=y), -1, out=into[:, 2])
-            torch.sum(x.square_(), -1, out=into[:, 1])
-        difference, scaled, inner = numbers[1:].cpu().unbind(1)
-        cells = self.cells[: len(difference)]
-        if written is None:
-            written = torch.zeros(len(WRITTEN), len(cells), *self.ids.shape, dtype=torch.float64)
-        written = written[:, : len(cells)].cpu()
-        return Place(self.texts, index, cells, difference, scaled, inner, numbers[0, 1].cpu(), written, predictions)
-
-    def _predict(self, streams: Tensor) -> Predictions | None:
-        if not self.grid.predictions:
-            return None
-        return predict(self.model.unembed, self.model.final_norm, streams, self.ids, self.lengths)
-
     def _scratch(self) -> Tensor:
-        """Room for a slab in float64, four times: new memory for every slab would cost more than the sums."""
-        rows = min(1 + len(self.cells), _rows_of_slab(self.ids.numel(), self.ids.device))
-        shape = (4, rows, *self.ids.shape, self.model.config.n_embd)
+        """Room for a slab in float64, twice: new memory for every slab would cost more than the sums."""
+        shape = (2, min(1 + len(self.runs), self._rows), *self.ids.shape, self.job.model.config.n_embd)
         return torch.empty(shape, dtype=torch.float64, device=self.ids.device)
 
 
-def _written(carried: Tensor, by_attention: Tensor, by_mlp: Tensor, product: Tensor, into: Tensor) -> None:
-    """The inner products that `WRITTEN` names, of differences of streams: [row, batch, position, n_embd], float64."""
-    pairs = {
-        "attention_written": (by_attention, by_attention),
-        "mlp_written": (by_mlp, by_mlp),
-        "parts_inner": (by_attention, by_mlp),
-        "attention_carried": (carried, by_attention),
-        "mlp_carried": (carried, by_mlp),
-    }
-    for index, name in enumerate(WRITTEN):
-        torch.sum(torch.mul(*pairs[name], out=product), -1, out=into[:, index])
+@dataclass(frozen=True)
+class Clean:
+    """The clean row at one block: [batch, position, n_embd] each."""
+
+    before: Tensor
+    after: Tensor
+    writes: Mapping[str, Tensor]
+    """What the sublayers wrote."""
 
 
-def plan(model: GPT2, grid: Grid, ids: Tensor, lengths: Tensor, max_bytes: int | None) -> list[Pass]:
-    """The passes that run every cell on every text, each within `max_bytes` (default: a share of what is free).
+class CleanLeaves:
+    """What the leaf modules of a block made of the clean row, for the runs that leave it there.
 
-    Texts are split before cells are, for every pass runs its texts clean. Raises ValueError when one text with
-    one cell needs more.
+    A product of few rows rounds otherwise than one of many. So a leaf that is given the very bits that it was given in
+    the clean run gives back what it gave there: runs that leave a block late in it share all before, bit for bit.
     """
-    device = model.device
-    allowed = int(free_bytes(device) * SHARE_OF_FREE_MEMORY) if max_bytes is None else max_bytes
-    cells, length = grid.cells(), ids.shape[1]
+
+    def __init__(self, block: Block, texts: int) -> None:
+        self.leaves = [leaf for leaf in block.modules() if not any(leaf.children()) and not natives(leaf)]
+        self.texts = texts
+        self.seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep what the leaves read and make of the clean row, which stands first."""
+
+        def keep(leaf: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+            if len(given) == 1 and all(
+                isinstance(of, Tensor) and of.shape[:1] >= (self.texts,) for of in (*given, made)
+            ):
+                self.seen.setdefault(leaf, []).append((given[0][: self.texts].clone(), made[: self.texts].clone()))
+
+        with ExitStack() as hooks:
+            for leaf in self.leaves:
+                hooks.callback(leaf.register_forward_hook(keep).remove)
+            yield
+
+    @contextmanager
+    def recalled(self, text: int) -> Iterator[None]:
+        """Let the leaves remember, of one text."""
+        with ExitStack() as restored:
+            for leaf, seen in self.seen.items():
+                own = leaf.__dict__.get("forward")
+                leaf.forward = partial(_remembering, leaf.forward, [(x[text], made[text]) for x, made in seen])
+                restored.callback(setattr if own else delattr, leaf, "forward", *([own] if own else []))
+            yield
+
+
+def _remembering(forward: Callable[..., Any], seen: Sequence[tuple[Tensor, Tensor]], *given: Any, **named: Any) -> Any:
+    """What was made of this input before; else what is made of it now."""
+    if len(given) == 1 and not named and isinstance(given[0], Tensor) and len(given[0]) == 1:
+        for x, made in seen:
+            if torch.equal(given[0][0], x):
+                return made[None]
+    return forward(*given, **named)
+
+
+@contextmanager
+def _observed(block: Block) -> Iterator[dict[str, list[Tensor]]]:
+    """What the sublayers return while the body runs, by name."""
+    found: dict[str, list[Tensor]] = {}
+    with ExitStack() as hooks:
+        for writer in WRITERS[1:]:
+            module = getattr(block, part := _part(writer), None)
+            if isinstance(module, nn.Module):
+                hooks.callback(module.register_forward_hook(partial(_keep, found, part)).remove)
+        yield found
+
+
+def _keep(found: dict[str, list[Tensor]], part: str, _module: nn.Module, _given: Any, out: Any) -> None:
+    if isinstance(out, Tensor):
+        found.setdefault(part, []).append(out)
+
+
+def _part(writer: str) -> str:
+    """The module of a block that writes; nothing for the block itself."""
+    return writer.removesuffix("written").rstrip("_")
+
+
+def _write(found: Sequence[Tensor], scale: Tensor | None, like: Tensor) -> Tensor:
+    """What a sublayer wrote into the streams: all that it returned, times its scale where that is not neutral."""
+    write = torch.stack(list(found)).sum(0).view_as(like) if len(found) > 1 else found[0].view_as(like)
+    return write if scale is None else write * scale
+
+
+def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """A slab through a block under values for every row."""
+    texts = slab.shape[1]
+    each = {name: value.expand(-1, texts, *value.shape[2:]).flatten(0, 1) for name, value in values.items()}
+    with assigned(block, each):
+        return block(slab.flatten(0, 1)).view_as(slab)
+
+
+def _dealt(runs: Sequence[int | None], slabs: Sequence[Tensor]) -> Iterator[Sequence[int | None]]:
+    """The runs of every slab."""
+    start = 0
+    for slab in slabs:
+        yield runs[start : start + len(slab)]
+        start += len(slab)
+
+
+def _leaves_at(run: Mapping[str, Tensor]) -> int:
+    """The first block that a run names."""
+    return min(map(block_of, run))
+
+
+def _primal(x: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(x).primal
+
+
+class StreamOverflowError(ValueError):
+    """A stream left the range of the model's type: the message says where, and in which run."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where the numbers of each run belong: on axes of the caller's."""
+
+    shape: tuple[int, ...]
+    at: tuple[Tensor, ...]
+    """Of every axis, the index of each run: int64 [run]. Cells that no run fills are the clean run."""
+    named: Callable[[int], str]
+    """A run in words, for errors."""
+
+    @classmethod
+    def in_a_row(cls, count: int, what: str) -> "Cells":
+        """One axis, a cell for each run."""
+        return cls((count,), (torch.arange(count),), lambda run: f"{what} {run}")
+
+
+def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress | None = None) -> Statistics:
+    """Run a job, and put its numbers on the axes of the cells.
+
+    Raises ValueError when `max_bytes` is too little for one run, and StreamOverflowError.
+    """
+    passes = plan(job, max_bytes)
+    torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
+    places = run_passes(passes)
+    gathered = Gathered(job, cells)
+    for place in progress(places, len(passes) * job.count) if progress else places:
+        gathered.add(place)
+    return gathered.statistics()
+
+
+class Gathered:
+    """The numbers of all passes, as they come."""
+
+    def __init__(self, job: Job, cells: Cells) -> None:
+        self.job, self.cells = job, cells
+        texts, blocks = tuple(job.ids.shape), job.count - 2
+        shape = (*cells.shape, job.count, *texts)
+        self.numbers = torch.zeros(3, *shape, dtype=torch.float64)
+        self.clean_sq = torch.zeros(job.count, *texts, dtype=torch.float64)
+        self.written = torch.zeros(len(WRITERS), 2, *shape, dtype=torch.float64)
+        self.left = torch.zeros(*cells.shape, job.count, dtype=torch.bool)
+        """Whether a cell has left the clean run: [*cell, place]."""
+        self.steps_sq = torch.zeros(*cells.shape, blocks, *texts, dtype=torch.float64) if job.steps else None
+        self.clean_steps_sq = torch.zeros(blocks, *texts, dtype=torch.float64) if job.steps else None
+        self.predictions: dict[str, Tensor] = {}
+        self.clean_predictions: dict[str, Tensor] = {}
+
+    def add(self, place: Place) -> None:
+        """Take in a place. Raises StreamOverflowError where a stream is not finite."""
+        length = place.clean_sq.shape[1]
+        padding = torch.arange(length) >= self.job.lengths.cpu()[place.texts, None]
+        rows = tuple(axis[list(place.runs)] for axis in self.cells.at)
+        within: tuple[Any, ...] = (place.texts, slice(length))
+        at: tuple[Any, ...] = (*rows, place.index, *within)
+        numbers = place.numbers.masked_fill(padding, 0.0)
+        self._check_finite(place, numbers)
+        self.clean_sq[place.index, *within] = place.clean_sq.masked_fill(padding, 0.0)
+        self.left[at[:-2]] = True
+        self.numbers[:, *at] = numbers
+        if place.written is not None:
+            old: tuple[Any, ...] = tuple(axis[: place.written.shape[2]] for axis in rows)
+            self.written[:, :, *old, *at[len(rows) :]] = place.written.masked_fill(padding, 0.0)
+        if place.steps_sq is not None and self.steps_sq is not None and self.clean_steps_sq is not None:
+            clean, *_ = steps = place.steps_sq.masked_fill(padding, 0.0)
+            self.clean_steps_sq[place.index - 1, *within] = clean
+            self.steps_sq[*at[: len(rows)], place.index - 1, *within] = steps[1:]
+        if place.predictions:
+            self._add_predictions(place.predictions, rows, place.texts)
+
+    def _add_predictions(self, found: Predictions, rows: tuple[Any, ...], texts: slice) -> None:
+        for name, of in found.tensors().items():
+            last = of.shape[2] if name.startswith("top") else self.job.ids.shape[1]  # ranks, or positions
+            if name not in self.predictions:
+                self.clean_predictions[name] = of.new_zeros(len(self.job.ids), last)
+                self.predictions[name] = of.new_zeros(*self.cells.shape, len(self.job.ids), last)
+            self.clean_predictions[name][texts, : of.shape[2]] = of[0]
+            self.predictions[name][*rows, texts, : of.shape[2]] = of[1:]
+
+    def _check_finite(self, place: Place, numbers: Tensor) -> None:
+        broken = (~numbers.isfinite()).nonzero()
+        if len(broken):
+            where = "the final norm" if place.index == self.job.count - 1 else f"depth {place.index}"
+            raise StreamOverflowError(
+                f"The stream is no longer finite at {where} under {self.cells.named(place.runs[int(broken[0][1])])}; "
+                "take a smaller one, or float64."
+            )
+
+    def statistics(self) -> Statistics:
+        """All the numbers; cells that have not left the clean run are the clean run."""
+        for place, clean in enumerate(self.clean_sq):
+            self.numbers[1:, ..., place, :, :][:, ~self.left[..., place]] = clean
+            if self.steps_sq is not None and self.clean_steps_sq is not None and 0 < place < self.job.count - 1:
+                self.steps_sq[..., place - 1, :, :][~self.left[..., place]] = self.clean_steps_sq[place - 1]
+        never = ~self.left[..., -1]
+        for name, clean in self.clean_predictions.items():
+            self.predictions[name][never] = clean
+        asked = bool(self.clean_predictions)
+        difference_sq, run_sq, inner = self.numbers
+        return Statistics(
+            self._sites(),
+            difference_sq,
+            run_sq,
+            inner,
+            self.clean_sq,
+            self.job.lengths,
+            self.written,
+            Predictions(**self.predictions) if asked else None,
+            Predictions(**self.clean_predictions) if asked else None,
+            self.steps_sq,
+            self.clean_steps_sq,
+        )
+
+    def _sites(self) -> Tensor:
+        """The depth at which all that a run names has acted: [*cell]; 0 for a cell that no run fills."""
+        sites = torch.zeros(self.cells.shape, dtype=torch.int64)
+        sites[self.cells.at] = torch.tensor([1 + max(map(block_of, run)) for run in self.job.runs], dtype=torch.int64)
+        return sites
+
+
+def plan(job: Job, max_bytes: int | None) -> list[Pass]:
+    """The passes that run everything on every text, each within `max_bytes` (default: a share of what is free).
+
+    Texts are split before runs are, for every pass runs its texts clean. Raises ValueError when one text with one run
+    needs more.
+    """
+    allowed = int(free_bytes(job.model.device) * SHARE_OF_FREE_MEMORY) if max_bytes is None else max_bytes
+    order = sorted(range(len(job.runs)), key=lambda run: _leaves_at(job.runs[run]))
+    length = job.ids.shape[1]
 
     def fits(texts: int, rows: int) -> bool:
-        return estimate_bytes(model, grid, texts, length, rows) <= allowed
+        return estimate_bytes(job, texts, length, rows) <= allowed
 
-    most = min(len(ids), max(1, _slab_tokens(device) // length))
-    texts = next((texts for texts in range(most, 1, -1) if fits(texts, 1 + len(cells))), 1)
-    rows = next((rows for rows in range(1 + len(cells), 1, -1) if fits(texts, rows)), 1)
-    if not fits(texts, rows) or (cells and rows == 1):
-        needed = estimate_bytes(model, grid, 1, length, min(2, 1 + len(cells)))
+    most = min(len(job.ids), max(1, _slab_tokens(job.model.device) // length))
+    texts = next((texts for texts in range(most, 1, -1) if fits(texts, 1 + len(order))), 1)
+    rows = next((rows for rows in range(1 + len(order), 1, -1) if fits(texts, rows)), 1)
+    if not fits(texts, rows) or (order and rows == 1):
+        needed = estimate_bytes(job, 1, length, min(2, 1 + len(order)))
         what = "max_bytes is" if max_bytes is not None else "A quarter of the memory that is free is"
         raise ValueError(
-            f"{what} {allowed}; one text of {length} tokens with one scaled run beside it takes {needed}. "
+            f"{what} {allowed}; one text of {length} tokens with one run beside the clean one takes {needed}. "
             "Give more with max_bytes, or a shorter text."
         )
-    per_pass = math.ceil(len(cells) / math.ceil(len(cells) / (rows - 1))) if cells else 1
+    per_pass = math.ceil(len(order) / math.ceil(len(order) / (rows - 1))) if order else 1
     return [
         Pass(
-            model,
-            grid,
+            job,
             chosen,
-            ids[chosen, : int(lengths[chosen].max())].to(device),
-            cells[start : start + per_pass],
-            lengths[chosen],
+            job.ids[chosen, : int(job.lengths[chosen].max())].to(job.model.device),
+            job.lengths[chosen],
+            order[start : start + per_pass],
         )
-        for chosen in (slice(first, min(first + texts, len(ids))) for first in range(0, len(ids), texts))
-        for start in range(0, max(1, len(cells)), per_pass)
+        for chosen in (slice(first, min(first + texts, len(job.ids))) for first in range(0, len(job.ids), texts))
+        for start in range(0, max(1, len(order)), per_pass)
     ]
 
 
 def run_passes(passes: Sequence[Pass]) -> Iterator[Place]:
     """The places of all passes. One that runs out of memory is halved and repeated, and a warning is logged.
 
-    Places that it had yielded come again. Raises ValueError when one scaled run of one text is too much.
+    Places that it had yielded come again. Raises ValueError when one run of one text is too much.
     """
     waiting = list(reversed(passes))
     while waiting:
@@ -364,8 +594,8 @@ def run_passes(passes: Sequence[Pass]) -> Iterator[Place]:
         if not (yield from _whole(part)):
             waiting += reversed(part.halves())  # out here the failed pass's tensors are gone
             logger.warning(
-                "Out of memory with %d scaled runs of %d texts beside the clean run; they are halved and run again.",
-                len(part.cells),
+                "Out of memory with %d runs of %d texts beside the clean run; they are halved and run again.",
+                len(part.runs),
                 len(part.ids),
             )
 
@@ -386,49 +616,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
 
 
-def estimate_bytes(model: GPT2, grid: Grid, texts: int, positions: int, rows: int) -> int:
+def estimate_bytes(job: Job, texts: int, positions: int, rows: int) -> int:
     """What a pass of so many rows takes at its peak, the model itself left out.
 
-    The streams of all rows; of one slab the activations, and its float64 copies; the numbers per position; and
-    what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not always serve the next, so
-    both count.
+    The streams of all rows; of one slab what the block's linear maps make, and the float64 differences; the numbers per
+    position; and what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not always serve the
+    next, so both count. With tangents there are two of every number.
     """
-    config = model.config
-    tokens = texts * positions
-    slab = min(rows, _rows_of_slab(tokens, model.device)) * tokens
-    attention = 8 * config.n_embd  # norm; queries, keys, values; mixed; scaled; write; a copy of the clean row
-    mlp = 3 * config.n_embd + 2 * config.mlp_width  # norm; before and after the activation; write; the copy
-    heads = tokens * config.n_embd * (config.n_head if grid.heads else 0)
-    streams = rows * tokens * config.n_embd
-    rearranged = config.n_embd * max(config.mlp_width, 3 * config.n_embd)
-    in_float64 = 4 * slab * config.n_embd + 4 * tokens * config.n_embd + 2 * rows * tokens * (3 + len(WRITTEN))
-    in_float64 += prediction_numbers(rows, tokens, config.vocab_size) if grid.predictions else 0
-    return (streams + slab * (attention + mlp) + heads + rearranged) * model.dtype.itemsize + in_float64 * 8
-
-
-def _rows_of_slab(tokens: int, device: torch.device) -> int:
-    """How many rows of so many tokens go through a sublayer together."""
-    return max(1, _slab_tokens(device) // tokens)
-
-
-def rows_at_once(model: GPT2, tokens: int, max_bytes: int | None, least: int = 1, streams: int = 1) -> int:
-    """How many rows of so many tokens go through a whole model together, `least` or more, within `max_bytes`.
-
-    `streams` is 2 where every number comes with its derivative. Raises ValueError when `least` rows need more.
-    """
-    config = model.config
-    row = (
-        tokens * (11 * config.n_embd + 2 * config.mlp_width) * model.dtype.itemsize * streams
-        + tokens * 6 * config.n_embd * 8
-    )
-    if max_bytes is not None and least * row > max_bytes:
-        raise ValueError(
-            f"max_bytes is {max_bytes}; {least} runs of {tokens} tokens take {least * row}. "
-            "Give more with max_bytes, or fewer or shorter texts."
-        )
-    # A few slabs: a batch has a clean row of its own, which would otherwise be half of it.
-    wanted = max(least, SLABS_AT_ONCE * _slab_tokens(model.device) // tokens)
-    return wanted if max_bytes is None else min(wanted, max_bytes // row)
+    model, tokens = job.model, texts * positions
+    width, streams = model.config.n_embd, 1 + job.tangents
+    linear = [(of.in_features, of.out_features) for of in model.blocks[0].modules() if isinstance(of, nn.Linear)]
+    slab = min(rows, max(1, _slab_tokens(model.device) // tokens)) * tokens
+    activations = slab * (2 * sum(out for _, out in linear) + 6 * width)
+    kept = rows * tokens * width * (2 if job.predict else 1)  # predictions read all rows at once
+    rearranged = max((given * out for given, out in linear), default=0)
+    in_float64 = 8 * slab * width + 2 * rows * tokens * (4 + 2 * len(WRITERS))
+    in_float64 += prediction_numbers(rows, tokens, model.config.vocab_size) if job.predict else 0
+    return ((kept + activations) * streams + rearranged) * model.dtype.itemsize + in_float64 * 8
 
 
 def _slab_tokens(device: torch.device) -> int:

@@ -1,8 +1,8 @@
 """Per-position statistics of two streams -> measures of how far apart they are.
 
-Axes: [layer, factor, place, batch, position] for what differs between scaled runs, [place, batch,
-position] for the clean run. A place is a depth 0 .. n_layer, or `final`, which stands last.
-Streams may be float32; squares are summed in float64.
+Axes: [*run, place, batch, position] for what differs between runs, [place, batch, position] for the clean run. A place
+is a depth 0 .. n_layer, or `final`, which stands last. The axes of the runs are the caller's: layer and factor of a
+sweep, interventions, scales. Streams may be float32; squares are summed in float64.
 
 Over a set of positions a stream counts as one long vector, all its positions' vectors joined: norms are
 Frobenius norms, and cosines of carried and written are cosines of those long vectors. `cosine`,
@@ -14,9 +14,11 @@ Effect"; Rushing and Nanda 2024, "Explorations of Self-Repair in Language Models
 differs by depth (Lad et al. 2024, "The Remarkable Robustness of LLMs: Stages of Inference?").
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ Measure = Literal[
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 OF_PREDICTIONS: tuple[Measure, ...] = ("kl", "loss_change", "changed", "correlation")
 """The measures that take the unembedding."""
-WRITTEN = ("attention_written", "mlp_written", "parts_inner", "attention_carried", "mlp_carried")
-"""What a sweep keeps of every block's writes; see `Statistics`."""
+WRITERS: tuple[Measure, ...] = ("written", "attention_written", "mlp_written")
+"""What a block writes: all together, and its sublayers, whose names are those of the block's modules."""
 UNITS: dict[Measure, str] = {
     **dict.fromkeys(("frobenius", "written", "attention_written", "mlp_written"), "units of the stream"),
     **dict.fromkeys(("kl", "loss_change"), "nats per token"),
@@ -67,30 +69,36 @@ def inner_products(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a sweep keeps of its streams: a few numbers per position, place and cell, and the clean norms."""
+    """What is kept of some runs' streams: a few numbers per position, place and run, and the clean norms."""
 
-    layers: tuple[int, ...]
+    sites: Tensor
+    """The depth at which all that a run does has acted: [*run]."""
     difference_sq: Tensor
-    """Squared norm of scaled minus clean: [layer, factor, place, batch, position]."""
+    """Squared norm of run minus clean: [*run, place, batch, position]."""
     run_sq: Tensor
-    """Squared norm of the scaled stream, same axes."""
+    """Squared norm of the run's stream, same axes."""
     inner: Tensor
-    """Inner product of the scaled and the clean stream, same axes."""
+    """Inner product of the run's and the clean stream, same axes."""
     clean_sq: Tensor
     """Squared norm of the clean stream: [place, batch, position]."""
     lengths: Tensor
     """How many positions each text has: [batch]. All numbers here are 0 at the padding after them."""
-    written: Tensor | None = None
-    """Of every block after the site, which carries the difference D and writes a + m more, its attention's and its
-    MLP's part: a.a, m.m, a.m, D.a and D.m, in the order of `WRITTEN`; block d's stand at place d + 1:
-    [number, layer, factor, place, batch, position]. None where it was not kept."""
+    written: Tensor
+    """Of every block after the first that a run names, which carries the difference D and writes w otherwise than in
+    the clean run: w.w and D.w, for the block and for each sublayer, in the order of `WRITERS`; block d's stand at place
+    d + 1: [writer, 2, *run, place, batch, position]."""
     predictions: Predictions | None = None
-    """Of the scaled runs, where they were asked for: [layer, factor, batch, position]."""
+    """Of the runs, where they were asked for: [*run, batch, position]."""
     clean_predictions: Predictions | None = None
     """Of the clean run: [batch, position]."""
+    steps_sq: Tensor | None = None
+    """Squared norm of what every block made of the stream, x_{d+1} - x_d, where it was asked for: [*run, block, batch,
+    position]."""
+    clean_steps_sq: Tensor | None = None
+    """Of the clean run: [block, batch, position]."""
 
     def frobenius(self, positions: Tensor) -> Tensor:
-        """sqrt(sum over positions of norm(D)^2): [layer, factor, place, batch].
+        """sqrt(sum over positions of norm(D)^2): [*run, place, batch].
 
         In units of the stream, from 0. The measure of the study's lecture. Blind to what the change means: a change
         of the stream's length alone, which the final norm removes, counts as much as a change of direction; a few
@@ -122,12 +130,10 @@ class Statistics:
         clean norm, which grows with depth (Heimersheim and Turner 2023). Zero before the site; not a number at
         `final`, where the norm layer, not a block, comes between.
         """
-        at_site = self.frobenius(positions)[torch.arange(len(self.layers)), :, torch.tensor(self.layers) + 1]
-        carried = at_site[:, :, None, :] / self.clean_norm(positions)
-        before = torch.arange(carried.shape[2]) <= torch.tensor(self.layers)[:, None]
-        carried[before[:, None, :, None].expand_as(carried)] = 0.0
-        carried[:, :, -1] = torch.nan
-        return carried
+        whole, sites = self.frobenius(positions), self.sites[..., None, None]
+        carried = torch.take_along_dim(whole, sites, dim=-2) / self.clean_norm(positions)
+        before = torch.arange(carried.shape[-2])[:, None] < sites
+        return self._without_final(carried.masked_fill(before, 0.0))
 
     def gauge_free(self, positions: Tensor) -> Tensor:
         """Mean over positions of min over c of norm(c x' - x) / norm(x) = sqrt(1 - cosine^2).
@@ -161,10 +167,12 @@ class Statistics:
 
         In units of the stream, from 0; block d's stands at place d + 1, and is 0 up to the site and not a number at
         `final`. `part` is `written`, or `attention_written`, `mlp_written` for the two sublayers', which add up as
-        vectors. Blind to direction: `alignment` says whether w undoes or adds to what was carried. A block whose
-        write is unchanged although its input is not has repaired nothing, it has not noticed.
+        vectors in blocks whose parameters are neutral; not a number for a sublayer that the block lacks. Blind to
+        direction: `alignment` says whether w undoes or adds to what was carried. A block whose write is unchanged
+        although its input is not has repaired nothing, it has not noticed.
         """
-        return self._without_final(self._written_products(positions)[part].sqrt())
+        write_sq, _ = self._written(positions, part)
+        return self._without_final(write_sq.sqrt())
 
     def alignment(self, positions: Tensor, part: str = "written") -> Tensor:
         """Cosine of D_d, the difference that a block carries, and w, what it writes otherwise than in the clean run.
@@ -175,12 +183,9 @@ class Statistics:
         The sign of one block's answer is what self-repair is made of (McGrath et al. 2023; Rushing and Nanda
         2024). Blind to position: one position's repair offsets another's damage. 0 where nothing was carried.
         """
-        carried = self.difference_sq[..., positions].sum(-1).roll(1, 2)
-        inner = self._written_products(positions)
-        along = {"attention_written": inner["attention_carried"], "mlp_written": inner["mlp_carried"]}
-        along["written"] = along["attention_written"] + along["mlp_written"]
-        cosine = along[part] / _positive(carried * inner[part]).sqrt()
-        return self._without_final(cosine.clamp(-1.0, 1.0))
+        carried_sq = self.difference_sq[..., positions].sum(-1).roll(1, -2)
+        write_sq, inner = self._written(positions, part)
+        return self._without_final((inner / _positive(carried_sq * write_sq).sqrt()).clamp(-1.0, 1.0))
 
     def kl(self, positions: Tensor) -> Tensor:
         """Mean over positions of KL(clean next-token distribution, scaled), at `final` only.
@@ -218,7 +223,7 @@ class Statistics:
         return self._at_final(self._of_predictions().correlation, positions)
 
     def measure(self, name: Measure, positions: PositionSet) -> Tensor:
-        """A measure by name over a set of positions: [layer, factor, place, batch].
+        """A measure by name over a set of positions: [*run, place, batch].
 
         Raises ValueError for another name or set, when the set is empty (a single token has no `rest`), and for a
         measure of predictions, or of what blocks write, when that was not kept.
@@ -240,31 +245,29 @@ class Statistics:
         return getattr(self, name)(index)
 
     def of_entries(self, entries: Sequence[int]) -> "Statistics":
-        """The statistics of some entries of the axis `layer`, in the order given."""
+        """The statistics of some entries of the first axis of the runs, in the order given."""
         chosen = list(entries)
         return replace(
             self,
-            layers=tuple(self.layers[entry] for entry in chosen),
+            sites=self.sites[chosen],
             difference_sq=self.difference_sq[chosen],
             run_sq=self.run_sq[chosen],
             inner=self.inner[chosen],
-            written=None if self.written is None else self.written[:, chosen],
+            written=self.written[:, :, chosen],
             predictions=self.predictions and self.predictions.map(lambda tensor: tensor[chosen]),
+            steps_sq=None if self.steps_sq is None else self.steps_sq[chosen],
         )
 
     def _of_predictions(self, clean: bool = False) -> Predictions:
         found = self.clean_predictions if clean else self.predictions
         if found is None:
-            raise ValueError("This sweep kept no predictions; run it with predictions=True.")
+            raise ValueError("No predictions were kept; run with predictions=True.")
         return found
 
-    def _written_products(self, positions: Tensor) -> dict[str, Tensor]:
-        """`WRITTEN`, and `written`, the squared norm of both parts together: [layer, factor, place, batch] each."""
-        if self.written is None:
-            raise ValueError("What blocks write was not kept here; a sweep keeps it.")
-        inner = dict(zip(WRITTEN, self.written[..., positions].sum(-1), strict=True))
-        whole = inner["attention_written"] + inner["mlp_written"] + 2 * inner["parts_inner"]
-        return {**inner, "written": whole.clamp_min(0.0)}  # the sum of three can round below it
+    def _written(self, positions: Tensor, part: str) -> tuple[Tensor, Tensor]:
+        """w.w and D.w of a writer, summed over positions: [*run, place, batch] each."""
+        write_sq, inner = self.written[list[str](WRITERS).index(part)][..., positions].sum(-1)
+        return write_sq, inner
 
     def _mean(self, values: Tensor, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean over the positions of a set that a text has: [..., batch, position] -> [..., batch]."""
@@ -272,15 +275,71 @@ class Statistics:
         return values[..., positions].where(real, 0.0).sum(-1) / real.sum(-1)
 
     def _at_final(self, values: Tensor, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """A mean that exists at `final` only, on the places' axis: [layer, factor, place, batch]."""
+        """A mean that exists at `final` only, on the places' axis: [*run, place, batch]."""
         placed = values.new_full(self.difference_sq.shape[:-1], torch.nan)
-        placed[:, :, -1] = self._mean(values, positions, lengths)
+        placed[..., -1, :] = self._mean(values, positions, lengths)
         return placed
 
     @staticmethod
     def _without_final(values: Tensor) -> Tensor:
-        values[:, :, -1] = torch.nan
+        values[..., -1, :] = torch.nan
         return values
+
+
+Labels = Sequence[Mapping[str, Any]]
+"""For every index of an axis, the columns of a table that name it, such as {"layer": 2, "head": 0}."""
+
+
+def tidy(axes: Sequence[Labels], values: Tensor) -> Iterator[dict[str, Any]]:
+    """A row for each finite number of a tensor, named by the labels of its axes."""
+    for labels, value in zip(itertools.product(*axes), values.flatten().tolist(), strict=True):
+        if math.isfinite(value):
+            yield {**{column: of for label in labels for column, of in label.items()}, "value": value}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Some runs beside their clean run: what `sweep`, `compare` and `sensitivity` return."""
+
+    ids: Tensor
+    """The texts, padded on the right: [batch, position]."""
+    statistics: Statistics
+
+    @property
+    def axes(self) -> tuple[Labels, ...]:
+        """What the axes of the runs are, each index named as in a table."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each text has: [batch]."""
+        return self.statistics.lengths
+
+    @property
+    def places(self) -> Labels:
+        """The names of the places: depths 0 .. n_layer, and `final`."""
+        return [*({"depth": depth} for depth in range(len(self.statistics.clean_sq) - 1)), {"depth": "final"}]
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The names of the measures that it has: without predictions there are fewer."""
+        return tuple(name for name in MEASURES if self.statistics.predictions or name not in OF_PREDICTIONS)
+
+    def measure(self, name: Measure, positions: PositionSet) -> Tensor:
+        """A measure by name over a set of positions: the axes of the runs, then [place, batch].
+
+        Raises ValueError as `Statistics.measure` does.
+        """
+        return self.statistics.measure(name, positions)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Tidy rows, one finite number each: position set, measure, run, place and text."""
+        texts = [{"text": text} for text in range(len(self.lengths))]
+        sets = [of for of in POSITION_SETS if of != "rest" or int(self.lengths.min()) > 1]
+        for positions in sets:
+            for name in self.measures:
+                for row in tidy((*self.axes, self.places, texts), self.measure(name, positions)):
+                    yield {"positions": positions, "metric": name, **row}
 
 
 def _positive(x: Tensor) -> Tensor:

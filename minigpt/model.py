@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 SITES = tuple(native.site for native in (*Block.native, *Attention.native))
-"""The sites of GPT-2's block; `parameters.sites` tells those of a model."""
+"""The sites of GPT-2's block; `parameters.sites_of` tells those of a model."""
 
 
 def block_named(name: str) -> type[Block]:

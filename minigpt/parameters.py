@@ -13,7 +13,7 @@ names, the values that `scaled` takes, the sites of `sweep`, the columns of tabl
 """
 
 import difflib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -74,7 +74,7 @@ def natives(model: nn.Module) -> dict[str, Native]:
     }
 
 
-def sites(model: nn.Module) -> tuple[str, ...]:
+def sites_of(model: nn.Module) -> tuple[str, ...]:
     """The sites that the blocks of a model have a scale for."""
     return tuple(dict.fromkeys(native.site for native in natives(_blocks(model)[0]).values()))
 
@@ -84,7 +84,7 @@ def parameter_name(model: nn.Module, layer: int, site: str = "output") -> str:
     for name, native in natives(_blocks(model)[layer]).items():
         if native.site == site:
             return f"blocks.{layer}.{name}"
-    raise ValueError(f"site is {site!r}; expected one of {', '.join(sites(model))}.")
+    raise ValueError(f"site is {site!r}; expected one of {', '.join(sites_of(model))}.")
 
 
 def block_of(name: str) -> int:
@@ -107,7 +107,7 @@ def not_neutral(model: nn.Module) -> dict[str, Tensor]:
 def check_clean(model: nn.Module) -> None:
     """Raise ValueError, naming them, when native parameters are not neutral."""
     if changed := not_neutral(model):
-        raise ValueError(f"The clean run needs neutral parameters; set {', '.join(changed)} back.")
+        raise ValueError(f"The clean run needs every parameter to be neutral; set {', '.join(changed)} back to 1.")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def scaled(model: nn.Module, values: Values) -> Generator[Any]:
 
     Raises ValueError for an unknown name, listing the nearest ones, and for a shape that cannot fit.
     """
-    fitting = {name: fitted(model, name, value) for name, value in values.items()}
+    (fitting,) = fit(model, [values])
     with assigned(model, fitting):
         yield model
 
@@ -149,23 +149,26 @@ def assigned(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             registry[leaf] = before[name]
 
 
-def fitted(model: nn.Module, name: str, value: float | Tensor) -> Tensor:
-    """A value as a tensor of the model's type and device.
+def fit(model: nn.Module, runs: Sequence[Values]) -> list[dict[str, Tensor]]:
+    """The values of some runs as tensors of the model's type and device.
 
     Raises ValueError for an unknown name, listing the nearest ones, for what is no number or tensor, and for a shape
     that cannot broadcast.
     """
-    known = natives(model)
-    if name not in known:
+    known, now = natives(model), current(model)
+    for name in (name for values in runs for name in values if name not in known):
         nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.0)
         raise ValueError(f"There is no parameter {name!r}; the nearest names are {', '.join(nearest)}.")
-    (registry, leaf), native = _place(model, name), known[name]
-    like = registry[leaf]
+    config = cast("GPT2Config", model.config)
+    return [{name: _fitting(name, value, known[name], now[name], config) for name, value in of.items()} for of in runs]
+
+
+def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, config: GPT2Config) -> Tensor:
     try:
         tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} was given {value!r}; expected a number or a tensor.") from None
-    sizes = native.sizes(cast("GPT2Config", model.config))
+    sizes = native.sizes(config)
     behind = zip(reversed(tensor.shape), reversed(sizes), strict=False)
     if tensor.ndim > len(sizes) or any(size is not None and found not in (1, size) for found, size in behind):
         against = ", ".join(word if size is None else str(size) for word, size in zip(native.shape, sizes, strict=True))

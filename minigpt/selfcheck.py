@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.measures import squared_norms
 from minigpt.model import GPT2
-from minigpt.parameters import parameter_name, scaled
+from minigpt.parameters import scaled
 from minigpt.sweep import Sweep, sweep
 
 JUMP_ROUNDINGS = 4
@@ -114,7 +114,7 @@ def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
 
 
 def _factor_1(model: GPT2, result: Sweep, ids: Tensor, clean: list[Tensor]) -> Check:
-    with scaled(model, {parameter_name(model, result.layers[0], result.site): 1.0}):
+    with scaled(model, result.intervention(model, 0, 1.0)):
         departure = max(float((x - same).abs().max()) for x, same in zip(model.depths(ids), clean, strict=True))
     return Check("factor 1, run by itself, is bit-identical to the clean run", departure == 0, departure)
 
@@ -122,13 +122,9 @@ def _factor_1(model: GPT2, result: Sweep, ids: Tensor, clean: list[Tensor]) -> C
 def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list[Tensor]) -> tuple[float, float]:
     """Largest difference upstream, and largest relative departure from the sweep's norms, of a run of its own."""
     layer, farthest = result.layers[entry], max(range(len(result.factors)), key=lambda j: abs(result.factors[j] - 1))
-    scale = _applied(result, result.factors[farthest])[:, None]
-    if result.heads is not None:
-        ones = torch.ones(len(scale), model.config.n_head, dtype=torch.float64)
-        scale = ones.index_copy_(1, torch.tensor([result.heads[entry]]), scale)
     real, in_pass = _real(result), result.statistics.difference_sq[entry, farthest]
     upstream, error = 0.0, 0.0
-    with scaled(model, {parameter_name(model, layer, result.site): scale[None]}):
+    with scaled(model, result.intervention(model, entry, result.factors[farthest])):
         for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):
             alone = squared_norms(x.double() - before).cpu().where(real, 0.0).sum(-1).sqrt()
             apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / alone.clamp_min(torch.finfo(torch.float64).tiny)
@@ -159,11 +155,13 @@ def rounding_errors(exact: GPT2, result: Sweep) -> list[CellError]:
     skip = 1 if int(result.lengths.min()) > 1 else 0
     errors = []
     for entry in sorted({0, len(result.layers) // 2, len(result.layers) - 1}):
-        layer, head = result.layers[entry], result.heads[entry] if result.heads else None
+        layer, head = result.layers[entry], result.indices[entry] if result.indices else None
         heads, factors = None if head is None else [head], list(dict.fromkeys([*changed[:1], *changed[-1:]]))
         if not factors:
             continue
-        alone = sweep(exact, texts, [layer], factors, result.site, heads, result.positions).frobenius(skip)[0]
+        alone = sweep(exact, texts, [layer], factors, result.site, positions=result.positions, indices=heads).frobenius(
+            skip
+        )[0]
         in_pass = result.frobenius(skip)[entry, [result.factors.index(factor) for factor in factors]]
         apart = ((in_pass - alone).abs() / alone).nan_to_num(0.0)[:, layer + 1 :].flatten(1).max(1).values
         errors += [CellError(layer, head, factor, error) for factor, error in zip(factors, apart.tolist(), strict=True)]

@@ -1,55 +1,66 @@
 """The clean run and every scaled run of a grid: layers, or heads, times factors."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from minigpt.engine import Cell, Grid, Place, plan, run_passes
+from minigpt.config import GPT2Config
+from minigpt.engine import Cells, Job, Progress, padded, run
 from minigpt.files import open_tensors, write_tensors
-from minigpt.measures import WRITTEN, Measure, PositionSet, Statistics
+from minigpt.measures import WRITERS, Labels, Result, Statistics
 from minigpt.model import GPT2
+from minigpt.parameters import Native, Values, natives, parameter_name
 from minigpt.predictions import Predictions
 
 DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
 """0.5 to 1.5 in steps of 0.05."""
-Progress = Callable[[Iterable[Place], int], Iterable[Place]]
-"""Wraps the places of all passes as they come; the number says how many there will be."""
-
-
-class StreamOverflowError(ValueError):
-    """A scaled stream left the range of the model's type: the message says where, and under which factor."""
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A grid of scaled runs beside their clean run. Axis `layer` runs over `layers` (and `heads`)."""
+class Sweep(Result):
+    """A grid of scaled runs beside their clean run. The axes of its measures: layer, factor, place, batch."""
 
     site: str
     layers: tuple[int, ...]
-    heads: tuple[int, ...] | None
-    """The head of each entry of `layers`, for the site `head`; else None."""
+    """Of every entry of the axis `layer`."""
+    indices: tuple[int, ...] | None
+    """Of every entry, where the site has an index of its own, such as the head; else None."""
+    index: str | None
+    """What that index counts: `head`."""
     factors: tuple[float, ...]
-    ids: Tensor
-    """The texts, padded on the right: [batch, position]."""
-    statistics: Statistics
     positions: tuple[int, ...] | None = None
     """The positions that alone were scaled; None for all."""
 
     @property
-    def lengths(self) -> Tensor:
-        """How many tokens each text has: [batch]."""
-        return self.statistics.lengths
+    def heads(self) -> tuple[int, ...] | None:
+        """The head of each entry, for the site `head`; else None."""
+        return self.indices if self.index == "head" else None
+
+    @property
+    def axes(self) -> tuple[Labels, ...]:
+        """Layers, with the index where there is one, and factors."""
+        indices = [{}] * len(self.layers) if self.indices is None else [{str(self.index): of} for of in self.indices]
+        layers = [{"site": self.site, "layer": layer, **of} for layer, of in zip(self.layers, indices, strict=True)]
+        return layers, [{"factor": factor} for factor in self.factors]
 
     @property
     def not_run(self) -> tuple[float, ...]:
         """The factors that needed no run: 1 changes nothing, so its cells are the clean run."""
         return tuple(factor for factor in self.factors if factor == 1)
+
+    def intervention(self, model: GPT2, entry: int, factor: float) -> Values:
+        """What a cell did to the model, as `scaled` takes it."""
+        name = parameter_name(model, self.layers[entry], self.site)
+        index = None if self.indices is None else self.indices[entry]
+        at = natives(model)[name], model.config, factor, index, self.positions, self.ids.shape[1]
+        return {name: _value(*at)}
 
     def of_layers(self, layers: Iterable[int]) -> "Sweep":
         """The part of the grid that scaled these layers, in their order.
@@ -60,13 +71,9 @@ class Sweep:
         if len(set(layers)) < len(layers):
             raise ValueError(f"The layers are {layers}; expected different numbers.")
         entries = [entry for layer in layers for entry in self._entries_of(layer)]
-        heads = self.heads and tuple(self.heads[entry] for entry in entries)
+        indices = self.indices and tuple(self.indices[entry] for entry in entries)
         chosen = tuple(self.layers[entry] for entry in entries)
-        return replace(self, layers=chosen, heads=heads, statistics=self.statistics.of_entries(entries))
-
-    def measure(self, name: Measure, positions: PositionSet) -> Tensor:
-        """A measure by name over a set of positions: [layer, factor, place, batch]; raises as `Statistics.measure`."""
-        return self.statistics.measure(name, positions)
+        return replace(self, layers=chosen, indices=indices, statistics=self.statistics.of_entries(entries))
 
     def _entries_of(self, layer: int) -> list[int]:
         found = [entry for entry, other in enumerate(self.layers) if other == layer]
@@ -105,8 +112,9 @@ class Sweep:
                 settings = {name: _frozen(found[name]) for name in _SETTINGS}
                 tensors = [file.get_tensor(name) for name in _TENSORS]
                 predictions = [_read_predictions(file, prefix) for prefix in _PREDICTIONS]
-                statistics = Statistics(settings["layers"], *tensors, *predictions)
-                loaded = cls(**settings, ids=file.get_tensor("ids"), statistics=statistics)
+                sites = _sites(settings["layers"], len(settings["factors"]))
+                statistics = Statistics(sites, *tensors, *predictions)
+                loaded = cls(file.get_tensor("ids"), statistics, **settings)
                 loaded._check_shapes()
                 return loaded
         except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -116,16 +124,18 @@ class Sweep:
         """Raise ValueError unless every tensor has the shape that the grid asks for, as those of a file may not."""
         found, places = self.statistics, tuple(self.statistics.clean_sq.shape)
         cells = (len(self.layers), len(self.factors), *places)
-        expected = {"difference_sq": cells, "run_sq": cells, "inner": cells, "written": (len(WRITTEN), *cells)}
+        expected = {"difference_sq": cells, "run_sq": cells, "inner": cells, "written": (len(WRITERS), 2, *cells)}
         expected["lengths"] = places[1:2]
         wrong = [name for name, shape in expected.items() if tuple(getattr(found, name).shape) != shape]
         if wrong or len(places) != 3 or tuple(self.ids.shape) != places[1:]:
             raise ValueError(f"{', '.join(wrong or ['ids'])} of another shape than its grid")
+        if not isinstance(self.site, str) or not all(0 <= layer < places[0] - 2 for layer in self.layers):
+            raise ValueError("a site or layers that no model has")
 
 
 _TENSORS = ("difference_sq", "run_sq", "inner", "clean_sq", "lengths", "written")
 _PREDICTIONS = ("predictions", "clean_predictions")
-_SETTINGS = ("site", "layers", "heads", "factors", "positions")
+_SETTINGS = ("site", "layers", "indices", "index", "factors", "positions")
 
 
 def _read_predictions(file: Any, prefix: str) -> Predictions | None:
@@ -148,113 +158,91 @@ def sweep(
     positions: Iterable[int] | None = None,
     predictions: bool = False,
     max_bytes: int | None = None,
-    progress: Progress = lambda places, _: places,
+    progress: Progress | None = None,
+    indices: Iterable[int] | None = None,
 ) -> Sweep:
     """Run texts once clean and once for every layer and factor, in one pass where memory allows.
 
     `ids` is int64 [batch, position], or a list of texts, each a list of token ids: those of different lengths
     are padded on the right, which no real position sees, and the padding counts nowhere. `layers` (default:
-    all) are counted from 0; `heads` (default: all) only matters for the site `head`, whose axis `layer` runs
-    over layers x heads. `positions` (default: all) are scaled, the others are not. A factor of 1 is not
-    run: its cells are the clean run. With `predictions` the next-token distributions are compared too, which
-    takes the unembedding of every run. `max_bytes` (default: a quarter of what is free) bounds the memory,
-    beside the model and the result: the grid is split into passes, each with its own clean run. A pass that
+    all) are counted from 0. At a site with an index of its own the axis `layer` runs over layers x `indices`
+    (default: all); `heads` are the indices of the site `head`. `positions` (default: all) are scaled, the others are
+    not. A factor of 1 is not run: its cells are the clean run. With `predictions` the next-token distributions are
+    compared too, which takes the unembedding of every run. `max_bytes` (default: a quarter of what is free) bounds the
+    memory, beside the model and the result: the grid is split into passes, each with its own clean run. A pass that
     still runs out of memory is halved and repeated, which the logger `minigpt` says.
     `progress` wraps the n_layer + 2 places of every pass as they come, as tqdm does.
 
-    Raises ValueError for a layer, head, position or factor out of range, for a model whose scales are not 1,
-    when a stream overflows, and when `max_bytes` is too little for a single cell.
+    Raises ValueError for a layer, head, position or factor out of range, for a model that is not clean, when a stream
+    overflows, and when `max_bytes` is too little for a single cell.
     """
-    ids, lengths = padded(ids)
-    model.config.check_ids(ids)
-    grid = Grid.checked(model, layers, factors, site, heads, positions, ids.shape[1], predictions)
-    passes = plan(model, grid, ids, lengths, max_bytes)
-    places = progress(run_passes(passes), len(passes) * (model.config.n_layer + 2))
-    statistics = _collect(places, grid, model.config.n_layer + 2, lengths, ids.shape[1])
-    return Sweep(site, grid.layers, grid.heads, grid.factors, ids.cpu(), statistics, grid.positions)
+    texts, _ = padded(ids)
+    model.config.check_ids(texts)
+    entries = _entries(model, layers, site, heads, indices)
+    numbers = _checked_factors(factors, model.dtype)
+    where = None if positions is None else _in_range("position", positions, texts.shape[1])
+    cells = [(i, j) for i in range(len(entries)) for j, factor in enumerate(numbers) if factor != 1]
+    names = [parameter_name(model, layer, site) for layer, _ in entries]
+    native = natives(model)[names[0]]
+    runs = [
+        {names[i]: _value(native, model.config, numbers[j], entries[i][1], where, texts.shape[1])} for i, j in cells
+    ]
+    job = Job.checked(model, ids, runs, predictions)
+    at = tuple(torch.tensor(cells, dtype=torch.int64).reshape(-1, 2).unbind(1))
+    grid = Cells((len(entries), len(numbers)), at, lambda one: f"factor {numbers[cells[one][1]]:g}")
+    chosen = tuple(layer for layer, _ in entries)
+    statistics = replace(run(job, grid, max_bytes, progress), sites=_sites(chosen, len(numbers)))
+    own = tuple(int(index or 0) for _, index in entries) if native.index else None
+    return Sweep(texts.cpu(), statistics, site, chosen, own, native.index, numbers, where)
 
 
-def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Texts as one tensor [batch, position], and their lengths [batch]. Raises ValueError for an empty text."""
-    if isinstance(texts, Tensor):
-        full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
-        return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
-    if isinstance(texts, str) or not all(isinstance(text, Sequence) and not isinstance(text, str) for text in texts):
-        raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
-    lengths = [len(text) for text in texts]
-    if not lengths or not min(lengths):
-        raise ValueError(
-            f"The texts have {lengths} tokens; expected at least one text, and in each at least one token."
-        )
-    rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
-    return pad_sequence(rows, batch_first=True), torch.tensor(lengths)
+def _sites(layers: Sequence[int], factors: int) -> Tensor:
+    """The depth at which a scale has acted, of factor 1 too: [layer, factor]."""
+    return torch.tensor(layers)[:, None].expand(-1, factors) + 1
 
 
-def _collect(places: Iterable[Place], grid: Grid, count: int, lengths: Tensor, length: int) -> Statistics:
-    """The numbers of all places on their axes; cells that have not left the clean run are the clean run."""
-    shape = (len(grid.layers), len(grid.factors), count, len(lengths), length)
-    difference, scaled, inner = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-    written = torch.zeros(len(WRITTEN), *shape, dtype=torch.float64)
-    clean, ran = torch.zeros(shape[2:], dtype=torch.float64), torch.zeros(shape[:3], dtype=torch.bool)
-    predicted = Gathered(shape[:2], shape[3:])
-    for place in places:
-        within = slice(place.clean.shape[1])
-        clean[place.index, place.texts, within] = place.clean
-        if place.cells:
-            entries, factors = torch.tensor(place.cells).unbind(1)
-            ran[entries, factors, place.index] = True
-            written[:, entries, factors, place.index, place.texts, within] = place.written
-            for into, numbers in ((difference, place.difference), (scaled, place.scaled), (inner, place.inner)):
-                into[entries, factors, place.index, place.texts, within] = numbers
-        if place.predictions:
-            predicted.add(place.predictions, place.cells, place.texts)
-    for index in range(count):
-        waiting = ~ran[:, :, index]
-        scaled[:, :, index][waiting] = inner[:, :, index][waiting] = clean[index]
-    padding = torch.arange(length) >= lengths[:, None]
-    for numbers in (difference, scaled, inner, clean, written):
-        numbers.masked_fill_(padding, 0.0)
-    _check_finite(scaled, grid.factors)
-    predictions, clean_predictions = predicted.finished()
-    return Statistics(grid.layers, difference, scaled, inner, clean, lengths, written, predictions, clean_predictions)
+def _value(
+    native: Native, config: GPT2Config, factor: float, index: int | None, positions: Sequence[int] | None, length: int
+) -> float | Tensor:
+    """A factor as a parameter's value: at all positions or at some, of all entries of the site's index or of one."""
+    if positions is None and index is None:
+        return factor
+    value = torch.full((1, length, native.entries(config)), native.neutral, dtype=torch.float64)
+    at = slice(None) if positions is None else list(positions)
+    value[:, at, slice(None) if index is None else index] = factor
+    return value[:, :1] if positions is None else value
 
 
-class Gathered:
-    """The predictions of all passes, as they come, on the axes of a sweep."""
-
-    def __init__(self, cells: tuple[int, ...], texts: tuple[int, ...]) -> None:
-        self.cells, self.texts = cells, texts
-        self.of_cells: dict[str, Tensor] = {}
-        self.of_clean: dict[str, Tensor] = {}
-        self.ran = torch.zeros(cells, dtype=torch.bool)
-
-    def add(self, found: Predictions, cells: Sequence[Cell], texts: slice) -> None:
-        """Take in what one pass found: row 0 is the clean run, the others are cells."""
-        for name, rows in found.tensors().items():
-            last = rows.shape[2] if name.startswith("top") else self.texts[1]  # ranks, or positions
-            if name not in self.of_clean:
-                self.of_clean[name] = rows.new_zeros(self.texts[0], last)
-                self.of_cells[name] = rows.new_zeros(*self.cells, self.texts[0], last)
-            self.of_clean[name][texts, : rows.shape[2]] = rows[0]
-            for (entry, factor), row in zip(cells, rows[1:], strict=True):
-                self.of_cells[name][entry, factor, texts, : rows.shape[2]] = row
-                self.ran[entry, factor] = True
-
-    def finished(self) -> tuple[Predictions | None, Predictions | None]:
-        """Of the cells, those that needed no run being the clean run, and of the clean run."""
-        if not self.of_clean:
-            return None, None
-        for name, clean in self.of_clean.items():
-            self.of_cells[name][~self.ran] = clean
-        return Predictions(**self.of_cells), Predictions(**self.of_clean)
+def _entries(
+    model: GPT2, layers: Iterable[int] | None, site: str, heads: Iterable[int] | None, indices: Iterable[int] | None
+) -> list[tuple[int, int | None]]:
+    """Layers, each with the entries of the site's index, or None."""
+    chosen = _in_range("layer", layers, model.config.n_layer)
+    native = natives(model)[parameter_name(model, 0, site)]
+    if heads is not None and native.index != "head":
+        raise ValueError(f"heads were given with the site {site!r}; they belong to the site 'head'.")
+    if native.index is None:
+        if indices is not None:
+            raise ValueError(f"indices were given with the site {site!r}, which has none.")
+        return [(layer, None) for layer in chosen]
+    of_site = _in_range(native.index, heads if indices is None else indices, native.entries(model.config))
+    return [(layer, index) for layer in chosen for index in of_site]
 
 
-def _check_finite(scaled_norm: Tensor, factors: tuple[float, ...]) -> None:
-    broken = (~scaled_norm.isfinite()).nonzero()
-    if len(broken):
-        _, factor, place = broken[broken[:, 2].argmin()][:3].tolist()
-        last = scaled_norm.shape[2] - 1
-        raise StreamOverflowError(
-            f"The stream is no longer finite at {'the final norm' if place == last else f'depth {place}'} under factor "
-            f"{factors[factor]:g}; take a smaller factor, or float64."
-        )
+def _checked_factors(factors: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """The factors as numbers, or a ValueError for what is none, is there twice, or is 1 in the model's type."""
+    numbers = tuple(map(float, factors))
+    if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
+    for factor, applied in zip(numbers, torch.tensor(numbers, dtype=dtype).tolist(), strict=True):
+        if applied == 1 != factor:
+            raise ValueError(f"The factor {factor!r} is 1 in {dtype} and changes nothing; take one farther off.")
+    return numbers
+
+
+def _in_range(what: str, chosen: Iterable[int] | None, count: int) -> tuple[int, ...]:
+    """The chosen indices, or all; ValueError when one is out of range or chosen twice."""
+    indices = tuple(range(count)) if chosen is None else tuple(map(operator.index, chosen))
+    if not indices or len(set(indices)) < len(indices) or not all(0 <= index < count for index in indices):
+        raise ValueError(f"The {what}s are {indices}; expected different numbers from 0 to {count - 1}.")
+    return indices
