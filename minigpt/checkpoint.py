@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,33 +29,33 @@ ORIGIN = "origin.json"  # which repository and commit a downloaded folder holds
 MOST_PROBLEMS = 20
 """Of a checkpoint, that an error lists; the others it counts."""
 
-# name in the file, name in the model, shape in the file, whether it is Conv1D's
-# shape: V vocab_size, P n_positions, D n_embd, Q 3 * n_embd (queries, keys, values), M the MLP's width
-_WHOLE_MODEL = (
-    ("wte.weight", "token_embedding.weight", "VD", False),
-    ("wpe.weight", "position_embedding.weight", "PD", False),
-    ("ln_f.weight", "final_norm.weight", "D", False),
-    ("ln_f.bias", "final_norm.bias", "D", False),
-    ("lm_head.weight", "unembed.weight", "VD", False),
-)
-_EVERY_BLOCK = (
-    ("ln_1.weight", "attention_norm.weight", "D", False),
-    ("ln_1.bias", "attention_norm.bias", "D", False),
-    ("attn.c_attn.weight", "attention.qkv.weight", "DQ", True),
-    ("attn.c_attn.bias", "attention.qkv.bias", "Q", False),
-    ("attn.c_proj.weight", "attention.projection.weight", "DD", True),
-    ("attn.c_proj.bias", "attention.projection.bias", "D", False),
-    ("ln_2.weight", "mlp_norm.weight", "D", False),
-    ("ln_2.bias", "mlp_norm.bias", "D", False),
-    ("mlp.c_fc.weight", "mlp.expand.weight", "DM", True),
-    ("mlp.c_fc.bias", "mlp.expand.bias", "M", False),
-    ("mlp.c_proj.weight", "mlp.projection.weight", "MD", True),
-    ("mlp.c_proj.bias", "mlp.projection.bias", "D", False),
-)
+# name in the model -> name in Hugging Face's files
+_WHOLE_MODEL = {
+    "token_embedding.weight": "wte.weight",
+    "position_embedding.weight": "wpe.weight",
+    "final_norm.weight": "ln_f.weight",
+    "final_norm.bias": "ln_f.bias",
+    "unembed.weight": "lm_head.weight",
+}
+_EVERY_BLOCK = {
+    "attention_norm.weight": "ln_1.weight",
+    "attention_norm.bias": "ln_1.bias",
+    "attention.qkv.weight": "attn.c_attn.weight",
+    "attention.qkv.bias": "attn.c_attn.bias",
+    "attention.projection.weight": "attn.c_proj.weight",
+    "attention.projection.bias": "attn.c_proj.bias",
+    "mlp_norm.weight": "ln_2.weight",
+    "mlp_norm.bias": "ln_2.bias",
+    "mlp.expand.weight": "mlp.c_fc.weight",
+    "mlp.expand.bias": "mlp.c_fc.bias",
+    "mlp.projection.weight": "mlp.c_proj.weight",
+    "mlp.projection.bias": "mlp.c_proj.bias",
+}
+_CONV1D = {"attention.qkv.weight", "attention.projection.weight", "mlp.expand.weight", "mlp.projection.weight"}
 _PREFIX = "transformer."
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry
-_OF_BLOCK = re.compile(r"h\.(0|[1-9]\d{0,8})\.(.+)")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
+_EMBEDDING, _UNEMBEDDING = "token_embedding.weight", "unembed.weight"
 
 
 class Stored(NamedTuple):
@@ -64,26 +65,47 @@ class Stored(NamedTuple):
     """In the model."""
     shape: list[int]
     """In the file."""
-    conv1d: bool
+    conv1d: bool = False
     """Whether it is transposed there."""
 
 
 class Layout:
-    """Hugging Face's layout of a GPT-2 of some shape. Nothing of the model's size is made to look into it."""
+    """Under which names, and in which shapes, a checkpoint keeps the weights that a model declares.
 
-    def __init__(self, config: GPT2Config) -> None:
-        self.n_layer = config.n_layer
-        self.optional = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
-        width = config.n_embd
-        sizes = {"V": config.vocab_size, "P": config.n_positions, "D": width, "Q": 3 * width, "M": config.mlp_width}
-        self._whole, self._block = (
-            {theirs: Stored(ours, [sizes[size] for size in shape], conv1d) for theirs, ours, shape, conv1d in table}
-            for table in (_WHOLE_MODEL, _EVERY_BLOCK)
-        )
+    `shapes` are those of a model of one block: every block of a model holds the same parameters. Nothing of the
+    model's own size is made to look into a layout. `own` is minigpt's own layout, for a block that is not GPT-2's:
+    the model's names and shapes as they are. Otherwise it is Hugging Face's; `block` is the name of the block.
+    """
+
+    def __init__(
+        self, config: GPT2Config, shapes: Mapping[str, list[int]], block: str | None = None, own: bool = False
+    ) -> None:
+        self.n_layer, self.block, self.own = config.n_layer, block, own
+        self._of_block = re.compile(rf"{'blocks' if own else 'h'}\.(0|[1-9]\d{{0,8}})\.(.+)")
+        first = "blocks.0."
+        whole = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
+        of_block = {name.removeprefix(first): shape for name, shape in shapes.items() if name.startswith(first)}
+        self._whole = _table(whole, {} if own else _WHOLE_MODEL)
+        self._block = _table(of_block, {} if own else _EVERY_BLOCK)
+        self.embedding, self.unembedding = (name if own else _WHOLE_MODEL[name] for name in (_EMBEDDING, _UNEMBEDDING))
+        self.tied = config.tie_word_embeddings
+        self.optional = {self.unembedding} if self.tied else set[str]()
+
+    def name_of(self, key: str) -> str:
+        """The name of a file's tensor without the prefix that Hugging Face's may have."""
+        return key if self.own else key.removeprefix(_PREFIX)
+
+    def key_of(self, theirs: str) -> str:
+        """The name that a file is written with: with that prefix, but for the unembedding's."""
+        return theirs if self.own or theirs == self.unembedding else _PREFIX + theirs
+
+    def ignores(self, theirs: str) -> bool:
+        """Whether a file may hold a tensor of that name which is no parameter."""
+        return not self.own and _BUFFERS.fullmatch(theirs) is not None
 
     def get(self, theirs: str) -> Stored | None:
         """What the file's tensor of that name is; None for a name that does not belong."""
-        if match := _OF_BLOCK.fullmatch(theirs):
+        if match := self._of_block.fullmatch(theirs):
             layer, stored = int(match[1]), self._block.get(match[2])
             return stored._replace(name=f"blocks.{layer}.{stored.name}") if stored and layer < self.n_layer else None
         return self._whole.get(theirs)
@@ -92,7 +114,7 @@ class Layout:
         """The names in the file, without prefix, one by one."""
         yield from self._whole
         for layer in range(self.n_layer):
-            yield from (f"h.{layer}.{theirs}" for theirs in self._block)
+            yield from (f"{'blocks' if self.own else 'h'}.{layer}.{theirs}" for theirs in self._block)
 
     def missing(self, found: Set[str]) -> Iterator[str]:
         """The names that must be there and are not, one by one."""
@@ -102,6 +124,36 @@ class Layout:
         """How many those are."""
         there = sum(self.get(theirs) is not None for theirs in found | self.optional)
         return len(self._whole) + self.n_layer * len(self._block) - there
+
+
+def _table(shapes: Mapping[str, list[int]], names: Mapping[str, str]) -> dict[str, Stored]:
+    """Name in the file -> what it is; a parameter that GPT-2 has not keeps its own name, and its shape."""
+    table = dict[str, Stored]()
+    for name, shape in shapes.items():
+        conv1d = name in names and name in _CONV1D
+        table[names.get(name, name)] = Stored(name, shape[::-1] if conv1d else shape, conv1d)
+    return table
+
+
+def same_block(stored: str | None, name: str | None) -> bool:
+    """Whether the block that a file names is that one; None is GPT-2's own. Its module may have moved since."""
+    if stored is None or name is None:
+        return stored is name
+    return stored.partition(":")[2] == name.partition(":")[2]
+
+
+def check_block(directory: Path, stored: str | None, given: str | None) -> None:
+    """Raise CheckpointError unless a checkpoint that names its block is to be loaded with that block.
+
+    It is never imported by the name that the file gives: that would run a stranger's code.
+    """
+    if stored is None or same_block(stored, given):
+        return
+    arrived = f"the block {given} was given" if given else "no block was given"
+    raise CheckpointError(
+        f"{directory} was saved with the block {stored}, and {arrived}. If you trust that block's code, import it and "
+        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {stored}."
+    )
 
 
 @dataclass(frozen=True)
@@ -178,8 +230,8 @@ def _no_weights(directory: Path, repository: str | None) -> str:
     )
 
 
-def load(files: tuple[Path, ...], config: GPT2Config, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Read weight files into a state dict, which lacks only the scales.
+def load(files: tuple[Path, ...], layout: Layout, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Read weight files into a state dict, which lacks only the native parameters.
 
     Files are memory-mapped: a float32 file loaded as float32 on the CPU is not copied. A tied unembedding
     may be absent, or equal to the embedding.
@@ -187,24 +239,36 @@ def load(files: tuple[Path, ...], config: GPT2Config, dtype: torch.dtype, device
     Raises CheckpointError, listing every missing and unexpected name, wrong shape or type and
     non-finite value at once, `MOST_PROBLEMS` of each kind. No value is read of a tensor that does not fit.
     """
-    layout = Layout(config)
     with ExitStack() as opened:
-        found, problems = _inventory(files, opened)
+        found, problems = _inventory(files, layout, opened)
         misfits = {theirs: problem for theirs, of in found.items() if (problem := _misfit(theirs, *of, layout))}
+        missing = 0
         if not problems:  # an unreadable file would make everything in it "missing"
-            absent = (f"missing: {theirs}" for theirs in layout.missing(found.keys()))
-            problems += _listed(absent, layout.count_missing(found.keys()), "are missing")
+            missing = layout.count_missing(found.keys())
+            problems += _listed(
+                (f"missing: {theirs}" for theirs in layout.missing(found.keys())), missing, "are missing"
+            )
         problems += _listed(misfits.values(), len(misfits), "do not fit")
         state, broken = _read({theirs: of for theirs, of in found.items() if theirs not in misfits}, layout, dtype)
     problems += _listed(broken, len(broken), "are not finite")
-    embedding = state.get("token_embedding.weight")
-    if config.tie_word_embeddings and embedding is not None:
-        unembedding = state.setdefault("unembed.weight", embedding)
-        if unembedding is not embedding and not torch.equal(unembedding, embedding):
-            problems.append("lm_head.weight differs from wte.weight, but config.json sets tie_word_embeddings")
+    if layout.tied and _tied_apart(state):
+        problems.append(
+            f"{layout.unembedding} differs from {layout.embedding}, but config.json sets tie_word_embeddings"
+        )
+    if layout.block and (missing or misfits):
+        problems.append(f"The block {layout.block} declares other parameters than the file holds.")
     if problems:
         raise CheckpointError("\n  ".join([f"{files[0].parent} cannot be used:", *problems]))
     return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def _tied_apart(state: dict[str, Tensor]) -> bool:
+    """Whether a tied unembedding is there and not equal to the embedding; where it is absent, it is that."""
+    embedding = state.get(_EMBEDDING)
+    if embedding is None:
+        return False
+    unembedding = state.setdefault(_UNEMBEDDING, embedding)
+    return unembedding is not embedding and not torch.equal(unembedding, embedding)
 
 
 def _read(found: dict[str, tuple[Any, str]], layout: Layout, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str]]:
@@ -228,7 +292,9 @@ def _listed(problems: Iterable[str], count: int, what: str) -> list[str]:
     return [*itertools.islice(problems, MOST_PROBLEMS), *([f"and {more} more {what}"] if more > 0 else [])]
 
 
-def _inventory(files: tuple[Path, ...], opened: ExitStack) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+def _inventory(
+    files: tuple[Path, ...], layout: Layout, opened: ExitStack
+) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """Name without prefix -> (open file, its key), for every tensor but the masks; and what is wrong with the files."""
     found, problems, twice = dict[str, tuple[Any, str]](), list[str](), list[str]()
     for file in files:
@@ -238,10 +304,10 @@ def _inventory(files: tuple[Path, ...], opened: ExitStack) -> tuple[dict[str, tu
             problems.append(str(error))
             continue
         for key in stored.keys():  # noqa: SIM118  safe_open is not a mapping
-            theirs = key.removeprefix(_PREFIX)
+            theirs = layout.name_of(key)
             if theirs in found:
                 twice.append(f"{_short(theirs)} is there twice, with and without {_PREFIX!r} or in two shards")
-            elif not _BUFFERS.fullmatch(theirs):
+            elif not layout.ignores(theirs):
                 found[theirs] = stored, key
     return found, problems + _listed(twice, len(twice), "are there twice")
 
@@ -263,25 +329,47 @@ def _short(name: str) -> str:
     return name if re.fullmatch(r"[\w.]{1,80}", name, re.ASCII) else shown(name)
 
 
-def save(directory: Path, config: GPT2Config, state: dict[str, Tensor]) -> None:
-    """Write a state dict in Hugging Face's layout: model.safetensors and config.json, both or none.
+def save(directory: Path, config: GPT2Config, state: dict[str, Tensor], layout: Layout) -> None:
+    """Write a state dict and its config: model.safetensors and config.json, both or none.
 
-    Raises ValueError when a scale is not 1, and CheckpointError when the folder cannot be written.
+    Raises ValueError for a model that no checkpoint can hold, and CheckpointError when the folder cannot be written.
     """
-    layout, tensors = Layout(config), {}
-    for theirs in layout:
-        stored = layout.get(theirs)
-        if stored is not None and theirs not in layout.optional:
-            tensor = state[stored.name].detach().cpu()
-            prefix = "" if theirs == "lm_head.weight" else _PREFIX
-            tensors[prefix + theirs] = (tensor.t() if stored.conv1d else tensor).contiguous()
-    dtype = str(state["token_embedding.weight"].dtype).removeprefix("torch.")
-    text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
+    check_alike(state, layout)
+    if integers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ValueError(
+            f"A checkpoint holds floating-point numbers alone; {shown(integers)} are none. "
+            "Register a buffer that can be made again with persistent=False."
+        )
+    kept = {theirs: stored for theirs in layout if (stored := layout.get(theirs)) and theirs not in layout.optional}
+    tensors = {layout.key_of(theirs): _as_stored(state[stored.name], stored) for theirs, stored in kept.items()}
+    shared = Counter(tensor.data_ptr() for tensor in tensors.values())  # a file holds each under its own name
+    tensors = {key: t.clone() if shared[t.data_ptr()] > 1 else t for key, t in tensors.items()}
+    dtype = str(state[_EMBEDDING].dtype).removeprefix("torch.")
+    text = json.dumps({**config.to_dict(layout.block if layout.own else None), "dtype": dtype}, indent=2) + "\n"
+    about = {"format": "minigpt" if layout.own else "pt"}
     files: dict[str, Callable[[Path], object]] = {
-        WEIGHTS: lambda file: save_file(tensors, file, {"format": "pt"}),
+        WEIGHTS: lambda file: save_file(tensors, file, about),
         CONFIG: lambda file: file.write_text(text, encoding="utf-8"),
     }
     try:
         write_together(directory, files, key=CONFIG, stale=[ORIGIN])  # these weights are no longer the hub's
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}.") from None
+
+
+def _as_stored(tensor: Tensor, stored: Stored) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.t() if stored.conv1d else tensor).contiguous()
+
+
+def check_alike(state: dict[str, Tensor], layout: Layout) -> None:
+    """Raise ValueError unless a model declares in every block what its layout says of one."""
+    places = {stored.name: stored for theirs in layout if (stored := layout.get(theirs))}
+    if odd := [name for name in {**state, **places} if not _fits(state.get(name), places.get(name))]:
+        raise ValueError(f"Every block of a model must hold the same parameters; these are not in all: {shown(odd)}.")
+
+
+def _fits(tensor: Tensor | None, stored: Stored | None) -> bool:
+    if tensor is None or stored is None:
+        return False
+    return list(tensor.shape) == (stored.shape[::-1] if stored.conv1d else stored.shape)

@@ -1,4 +1,4 @@
-"""The command line: minigpt verify | doctor | generate | download.
+"""The command line: minigpt verify | reference | doctor | generate | download.
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 """
@@ -19,11 +19,10 @@ import torch
 import typer
 from torch import Tensor
 
-from minigpt import hub, parity
+from minigpt import hub, model, parity
 from minigpt.doctor import Finding, examine
 from minigpt.files import printable
 from minigpt.generate import generate
-from minigpt.model import GPT2
 from minigpt.parameters import scaled
 from minigpt.tokenizer import Tokenizer
 
@@ -47,6 +46,9 @@ Device = Annotated[
     str, typer.Option(help="cpu, cuda, mps (only if it passes doctor), or auto: cuda if present, else cpu")
 ]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
+Block = Annotated[
+    str | None, typer.Option(metavar="package.module:Name", help="a subclass of minigpt.Block to make the model of")
+]
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,15 +67,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def admit(model: GPT2) -> GPT2:
+def load_model(
+    name: str, block: str | None, device: str, dtype: str, revision: str | None = None, offline: bool = False
+) -> model.GPT2:
+    """The model that the options ask for. Raises ValueError, CheckpointError among them, for one that cannot be had."""
+    made_of, where = pick_block(block), pick_device(device)
+    return model.GPT2.from_pretrained(name, revision, where, pick_dtype(dtype), offline, made_of)
+
+
+def admit(loaded: model.GPT2) -> model.GPT2:
     """The model, if its device may be used untried or passes `doctor` here and now. Raises CheckError otherwise."""
-    device = model.device.type
+    device = loaded.device.type
     if device not in TRUSTED:
-        off = [finding for finding in examine(model) if finding.passed is False]
+        off = [finding for finding in examine(loaded) if finding.passed is False]
         if off:
             said = "; ".join(f"{finding.name}: {finding.said}" for finding in off)
             raise parity.CheckError(f"{device} cannot be believed here, take cpu. {said}")
-    return model
+    return loaded
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -81,6 +91,18 @@ def pick_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def pick_block(name: str | None) -> type[model.Block]:
+    """A block by its name, package.module:Name, also of the current folder; without a name GPT-2's own.
+
+    Its module's code runs. Raises ValueError when there is none.
+    """
+    if name is None:
+        return model.Block
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last, so that nothing here stands in for a package that is installed
+    return model.block_named(name)
 
 
 def parse_scale(text: str) -> tuple[str, Tensor]:
@@ -104,12 +126,15 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="print the certificate as JSON")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    block: Block = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Check that a model computes what Hugging Face's GPT-2 computes; exit code 1 if it does not."""
-    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
-    certificate = parity.certify(loaded, live)
+    """Check that a model computes what Hugging Face's GPT-2 computes; exit code 1 if that is not certain.
+
+    A model of another block is held against a reference of its own, where `minigpt reference` stored one.
+    """
+    certificate = parity.certify(load_model(model, block, device, dtype, revision, offline), live)
     if as_json:
         typer.echo(json.dumps({"model": model, **certificate.to_dict()}, indent=2))
     else:
@@ -120,16 +145,40 @@ def verify(
 
 
 @app.command()
+def reference(
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="the folder of a checkpoint")],
+    block: Block = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the reference that is there")] = False,
+) -> None:
+    """Store what a checkpoint computes today, so that `verify` can hold later runs against it.
+
+    Transformers computes it, or this library itself for another block.
+    """
+    path, made_of = directory / parity.REFERENCE, pick_block(block)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a folder; expected the folder of a checkpoint.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already; --overwrite replaces it.")
+    if made_of is model.Block and not parity.has_transformers():
+        raise ValueError("A reference of GPT-2 needs transformers; install it with: pip install 'minigpt[parity]'.")
+    ids = parity.reference_ids(model.GPT2.from_pretrained(directory, block=made_of).config)
+    parity.save_reference(directory, ids, made_of)
+    by = "transformers" if made_of is model.Block else f"minigpt {version('minigpt')} with the block {block}"
+    typer.echo(f"{path} holds what {by} computes in float64 for {ids.shape[0]} texts of {ids.shape[1]} tokens")
+
+
+@app.command()
 def doctor(
     model: ModelName,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    block: Block = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
     """Check that the numbers of this very machine can be believed; exit code 1 if something is off."""
-    loaded = GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline)
+    loaded = load_model(model, block, device, dtype, revision, offline)
     findings = list[Finding]()
     for finding in examine(loaded):
         findings.append(finding)
@@ -162,6 +211,7 @@ def generate_command(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    block: Block = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -171,7 +221,7 @@ def generate_command(
         raise ValueError("--scale names the same scale twice; give each one once.")
     if temperature == 0 and (top_k, top_p, seed) != (None, None, None):
         raise ValueError("--top-k, --top-p and --seed draw nothing at temperature 0; add --temperature 1.")
-    loaded = admit(GPT2.from_pretrained(model, revision, pick_device(device), pick_dtype(dtype), offline))
+    loaded = admit(load_model(model, block, device, dtype, revision, offline))
     tokenizer = Tokenizer.from_pretrained(model, revision, offline)
     ids = tokenizer.encode(prompt)
     with scaled(loaded, scales):

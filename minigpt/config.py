@@ -1,5 +1,6 @@
 """The shape of a model: Hugging Face's field names for GPT-2, checked when they are set."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -49,6 +50,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 MOST = 2**31 - 1
 """Of any dimension: the largest that every library below can count."""
+OWN = "minigpt"
+"""The model_type of a checkpoint whose block is not GPT-2's."""
+_BLOCK_NAME = re.compile(r"[\w.]{1,200}:[\w.<>]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class GPT2Config:
     def from_dict(cls, values: dict[str, Any]) -> "GPT2Config":
         """Read the fields of a config.json; fields that do not touch the arithmetic are ignored.
 
+        Of which block the model is made is not part of its shape: `read_config` tells it.
         Raises ValueError, naming the field, for another architecture or a feature that is not built here.
         """
         _check_architecture(values)
@@ -141,32 +146,49 @@ class GPT2Config:
     @classmethod
     def from_file(cls, path: Path) -> "GPT2Config":
         """Read a config.json; raises CheckpointError when it is absent, broken or not GPT-2's."""
-        try:
-            values = read_json(path)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path.parent} has no config.json; expected a folder with config.json and model.safetensors."
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-        except ValueError as error:
-            raise CheckpointError(f"{error} Download or write it again.") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a {type(values).__name__}; expected an object of named fields.")
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        return read_config(path)[0]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as config.json holds them, readable by Hugging Face transformers."""
-        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
+    def to_dict(self, block: str | None = None) -> dict[str, Any]:
+        """The fields as config.json holds them, readable by Hugging Face transformers.
+
+        With the name of a block that is not GPT-2's, they claim to be no more than a model of this library.
+        """
+        if block is None:
+            return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
+        return {"model_type": OWN, "architectures": ["minigpt.GPT2"], "block": block, **asdict(self)}
+
+
+def read_config(path: Path) -> tuple[GPT2Config, str | None]:
+    """The shape that a config.json states, and the name of the model's block, where that is not GPT-2's.
+
+    Raises CheckpointError when the file is absent, broken or of another architecture.
+    """
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no config.json; expected a folder with config.json and model.safetensors."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{error} Download or write it again.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected an object of named fields.")
+    try:
+        return GPT2Config.from_dict(values), values.get("block")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _check_architecture(values: dict[str, Any]) -> None:
-    model_type = values.get("model_type", "gpt2")
-    if model_type != "gpt2":
-        raise ValueError(f"model_type is {shown(model_type)}; only 'gpt2' can be loaded.")
+    model_type, block = values.get("model_type", "gpt2"), values.get("block")
+    if model_type not in ("gpt2", OWN):
+        raise ValueError(f"model_type is {shown(model_type)}; only 'gpt2' can be loaded, and {OWN!r}.")
+    if model_type == "gpt2" and block is not None:
+        raise ValueError(f"block is {shown(block)}, but model_type is 'gpt2', whose block has no name; remove one.")
+    if model_type == OWN and not (isinstance(block, str) and _BLOCK_NAME.fullmatch(block)):
+        raise ValueError(f"block is {shown(block)}; expected the name of one: package.module:Name.")
     for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config", "pruned_heads"):
         if values.get(name):
             raise ValueError(f"{name} is set to {shown(values[name])}; it is not supported, only a plain GPT-2 is.")

@@ -37,7 +37,8 @@ class Finding:
 def examine(model: GPT2) -> Iterator[Finding]:
     """Look at a machine through a model, one finding after the other: what runs, and whether it can be believed.
 
-    The model is as it was loaded, its scales 1. What fails to run at all is a finding that does not pass.
+    The model is as it was loaded, its native parameters neutral. What fails to run at all is a finding that does not
+    pass.
     """
     yield from _circumstances(model)
     yield _attempt("attention", lambda: _attention(model))
@@ -86,12 +87,14 @@ def _failed(error: Exception) -> tuple[str, bool | None]:
 
 
 def _attention(model: GPT2) -> tuple[str, bool]:
-    """Whether the attention that is used agrees with the plain products, and which one it is."""
-    attention = model.blocks[0].attention
-    q, k, v = attention.heads(model.blocks[0].attention_norm(model.embed(_ids(model))))
-    found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.score_scale)
+    """Whether torch's attention agrees with the plain products, in the model's shape, and which one it is."""
+    config, length = model.config, _ids(model).shape[1]
+    shape = (3, 2, config.n_head, length, config.head_width)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k, v = drawn.to(model.dtype).to(model.device)
+    found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     with sdpa_kernel(SDPBackend.MATH):
-        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.score_scale)
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     apart = float((found.double() - plain.double()).abs().max() / plain.double().abs().max())
     limit = (4 if q.dtype.itemsize == 2 else 100) * torch.finfo(q.dtype).eps
     kind = "the plain products" if torch.equal(found, plain) else "a fused kernel"
@@ -118,7 +121,7 @@ def _parity(model: GPT2, dtype: torch.dtype) -> tuple[str, bool | None]:
     if model.source is None:
         raise ValueError("the model was not loaded from a checkpoint")
     device = model.device
-    loaded = GPT2.from_pretrained(model.source.directory, device=device, dtype=dtype)
+    loaded = GPT2.from_pretrained(model.source.directory, device=device, dtype=dtype, block=model.block)
     loaded.source = model.source
     certificate = parity.certify(loaded)
     return certificate.sentence(), certificate.passed if certificate.against else None

@@ -9,6 +9,8 @@ import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
-from minigpt.config import ACTIVATIONS, GPT2Config
+from minigpt.config import ACTIVATIONS, CheckpointError, GPT2Config, read_config
 from minigpt.linear import Linear
 from minigpt.parameters import Native, declare, natives, not_neutral, weights
 
@@ -127,12 +129,22 @@ def block_named(name: str) -> type[Block]:
     """
     module, _, leaf = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), leaf)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The block {name!r} cannot be had ({error}); expected package.module:Name.") from None
+        found = attrgetter(leaf)(importlib.import_module(module))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"The block {name!r} cannot be imported ({error}); expected package.module:Name.") from None
     if not (isinstance(found, type) and issubclass(found, Block)):
         raise ValueError(f"The block {name!r} is not a subclass of minigpt.Block.")
     return found
+
+
+def block_name(block: type[Block]) -> str | None:
+    """What `block_named` takes and a checkpoint states: package.module:Name; None for GPT-2's own block."""
+    return None if block is Block else f"{block.__module__}:{block.__qualname__}"
+
+
+def _kept_beside(module: nn.Module) -> bool:
+    """Whether a module keeps tensors that no checkpoint holds, such as tables of angles."""
+    return bool(module._non_persistent_buffers_set) or any(isinstance(kept, Tensor) for kept in vars(module).values())
 
 
 class GPT2(nn.Module):
@@ -222,30 +234,60 @@ class GPT2(nn.Module):
         local_files_only: bool = False,
         block: type[Block] = Block,
     ) -> "GPT2":
-        """Load a checkpoint in Hugging Face's layout: a directory, a short name, or a hub id.
+        """Load a checkpoint: a directory, a short name, or a hub id.
 
         `revision` is a branch, tag or commit of the hub; `dtype` the parameters' type, whatever the file holds.
+        `block` is what the model is made of. A checkpoint of GPT-2 loads into every block that declares the same
+        parameters; one that was saved with a block of one's own names it, and needs it here.
         Raises CheckpointError, listing all that is wrong. `model.source` then says where the weights came from.
         """
         found = hub.find(name_or_path, revision, local_files_only)
-        config = GPT2Config.from_file(found.directory / "config.json")
+        config, stored = read_config(found.directory / checkpoint.CONFIG)
+        checkpoint.check_block(found.directory, stored, block_name(block))
         files = checkpoint.weight_files(found.directory, found.repository)
-        state = checkpoint.load(files, config, dtype, torch.device(device))
-        with torch.device("meta"):  # nothing is drawn, nothing is allocated
-            model = cls(config, block)
+        try:
+            layout = cls._layout(config, block, own=stored is not None)
+        except RuntimeError as error:  # sizes beyond what torch can count
+            raise CheckpointError(f"No model of the shape in {found.directory} can be made: {error}.") from None
+        state = checkpoint.load(files, layout, dtype, torch.device(device))
+        model = cls._empty(config, block, torch.device(device))
+        checkpoint.check_alike(weights(model), layout)
         neutral = {name: native.neutral_value(config).to(device, dtype) for name, native in natives(model).items()}
         model.load_state_dict(state | neutral, assign=True)
         model._tie()
         model.source = checkpoint.Source(str(name_or_path), found.repository, found.commit, files)
-        return model.eval()
+        return model.to(device, dtype).eval()  # what the block keeps beside its weights
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write what transformers and `from_pretrained` load back; ValueError when a scale is not 1."""
+        """Write what `from_pretrained` loads back, and transformers too where the block is GPT-2's own.
+
+        Raises ValueError when a native parameter is not neutral, and CheckpointError when it cannot be written.
+        """
         if changed := {name: value.tolist() for name, value in not_neutral(self).items()}:
             raise ValueError(
-                f"Scales that are not 1 cannot be saved, the layout has no place for them: {changed}. Reset them."
+                "Native parameters that are not neutral cannot be saved, for a checkpoint has no place for them: "
+                f"{changed}. Set them back."
             )
-        checkpoint.save(Path(directory), self.config, weights(self))
+        layout = self._layout(self.config, self.block, own=self.block is not Block)
+        checkpoint.save(Path(directory), self.config, weights(self), layout)
+
+    @classmethod
+    def _layout(cls, config: GPT2Config, block: type[Block], own: bool) -> checkpoint.Layout:
+        """Where a checkpoint keeps the weights that such a model declares: looked up in one block, made of nothing."""
+        with torch.device("meta"):
+            one = cls(replace(config, n_layer=1), block)
+        shapes = {name: list(tensor.shape) for name, tensor in weights(one).items()}
+        return checkpoint.Layout(config, shapes, block_name(block), own)
+
+    @classmethod
+    def _empty(cls, config: GPT2Config, block: type[Block], device: torch.device) -> "GPT2":
+        """A model to put weights into: nothing is drawn or allocated, unless the block keeps more than its weights."""
+        with torch.device("meta"):
+            model = cls(config, block)
+        if not any(_kept_beside(module) for module in model.modules()):
+            return model
+        with torch.random.fork_rng(), device:
+            return cls(config, block)
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:

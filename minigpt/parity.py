@@ -2,6 +2,9 @@
 
 Three ways, and `certify` takes the first that applies: a reference stored beside the weights, the
 figures that others published for the official weights, a live run of transformers.
+
+A model of another block has no counterpart in transformers: it is held against a reference of its own, where
+`minigpt reference` stored one, and is "not comparable" otherwise.
 """
 
 import copy
@@ -23,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt import hub
+from minigpt.checkpoint import same_block
 from minigpt.config import OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
-from minigpt.model import GPT2
+from minigpt.model import GPT2, Block, block_name
 from minigpt.parameters import natives, not_neutral, weights
 
 REFERENCE = "reference.safetensors"
@@ -39,16 +43,23 @@ from rounding: such a model is certified in float32, and its weights must be tho
 STORED_ROUNDING = 1.2e-7
 """What rounding the reference to float32 adds."""
 LIVE_TOKENS = 64
+REFERENCE_TEXTS, REFERENCE_TOKENS = 2, 32
+QUANTITIES = ("logits", "depths", "final", "loss")
+"""What is compared, and with `ids` the tensors of a stored reference; texts of one token have no loss."""
+IF_MEANT = (
+    "If an edit of this library was meant, put it into a subclass of minigpt.Block, and give that with block= or "
+    "--block (README); or run with --no-parity."
+)
 
 Run = dict[str, Tensor]
-"""What is compared: logits, depths, final, loss."""
+"""`QUANTITIES` by name."""
 
 
 @dataclass(frozen=True)
 class Certificate:
     """The outcome of a parity check."""
 
-    verdict: Literal["certified", "failed", "not certified"]
+    verdict: Literal["certified", "failed", "not certified", "not comparable"]
     against: str
     """What the model was compared with; empty when there was nothing."""
     differences: dict[str, float] = field(default_factory=dict)
@@ -64,9 +75,14 @@ class Certificate:
         """Whether the model may be called the same as the reference."""
         return self.verdict == "certified"
 
+    @property
+    def may_run(self) -> bool:
+        """Whether a study of the model may run: it passed, or there is nothing that it should be the same as."""
+        return self.verdict in ("certified", "not comparable")
+
     def holds_for(self, model: GPT2) -> bool:
-        """Whether a model passed, and still has the weights that it was checked with."""
-        return self.passed and self.weights == fingerprint(model)
+        """Whether a model may run, and still has the block and the weights that it was checked with."""
+        return self.may_run and self.weights == fingerprint(model)
 
     def sentence(self) -> str:
         """The outcome in a line."""
@@ -90,17 +106,20 @@ class CheckError(Exception):
 def certify(model: GPT2, live: bool = False) -> Certificate:
     """Compare a model with the first of: a stored reference, published figures, transformers.
 
-    `live` asks for the run of transformers whatever else there is. The model's scales must be 1. The checkpoint is read
-    once more: weights that are not its own fail, and without it nothing is certified.
+    `live` asks for the run of transformers whatever else there is. The model's native parameters must be neutral. The
+    checkpoint is read once more: weights that are not its own fail, and without it nothing is certified. A model of a
+    block of one's own is compared with a reference of its own, or not comparable.
 
-    Raises ValueError when a scale is not 1, and when `live` is asked for without transformers.
+    Raises ValueError when a native parameter is not neutral, and when `live` is asked for without transformers or of
+    a block that transformers has not.
     """
-    changed = not_neutral(model)
-    if changed:
-        raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back to 1.")
+    if changed := not_neutral(model):
+        raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back.")
+    if live and model.block is not Block:
+        raise ValueError(f"A live check asks transformers, which has no counterpart of {block_name(model.block)}.")
     own = fingerprint(model)
     try:
-        stored = fingerprint(GPT2.from_pretrained(model.source.directory, dtype=model.dtype)) if model.source else own
+        stored = fingerprint(_again(model, model.dtype)) if model.source else own
     except CheckpointError as error:  # the folder is gone, or another one now
         return Certificate("not certified", "", problems=(str(error),), weights=own)
     certificate = replace(_compared(model, live), weights=own)
@@ -111,22 +130,52 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
     return replace(certificate, verdict="failed", problems=(*certificate.problems, edited))
 
 
+def _again(model: GPT2, dtype: torch.dtype) -> GPT2:
+    """A model as its checkpoint has it; a copy of one that has none."""
+    if model.source is None:
+        return copy.deepcopy(model).to(dtype)
+    loaded = GPT2.from_pretrained(model.source.directory, dtype=dtype, block=model.block)
+    loaded.source = model.source
+    return loaded
+
+
 def _compared(model: GPT2, live: bool) -> Certificate:
     if model.dtype not in TOLERANCES:
         return _in_float32(model, live)
     stored = model.source.directory / REFERENCE if model.source else None
     if stored and stored.exists() and not live:
-        return _against_stored(model, stored)
+        try:
+            about = _about(stored)
+        except (OSError, ValueError) as error:
+            return _broken(stored, error)
+        if same_block(about.get("block"), block_name(model.block)):
+            return _against_stored(model, stored)
+    if model.block is not Block:
+        return _not_comparable(model)
     if official_name(model) == "gpt2" and not live:
         return _against_published(model)
     return _against_transformers(model, live)
 
 
+def _about(path: Path) -> dict[str, str]:
+    """What a stored reference says of itself."""
+    with open_tensors(path) as stored:
+        return stored.metadata() or {}
+
+
+def _not_comparable(model: GPT2) -> Certificate:
+    name = block_name(model.block)
+    problem = (
+        f"A modified architecture has no counterpart in transformers, and there is no reference of the block {name}. "
+        f"`minigpt reference DIRECTORY --block {name}` stores what it computes today, so that later runs can be held "
+        "against it."
+    )
+    return Certificate("not comparable", "", problems=(problem,), versions=installed("minigpt", "torch"))
+
+
 def _in_float32(model: GPT2, live: bool) -> Certificate:
     """Certify what a half-precision model was rounded from: the checkpoint, or where there is none its own weights."""
-    full = GPT2.from_pretrained(model.source.directory) if model.source else copy.deepcopy(model).float()
-    full.source = model.source
-    certificate = _compared(full.to(model.device), live)
+    certificate = _compared(_again(model, torch.float32).to(model.device), live)
     return replace(certificate, against=f"{certificate.against}, in float32" if certificate.against else "")
 
 
@@ -208,38 +257,64 @@ def digest(model: GPT2) -> str:
 
 
 def fingerprint(model: GPT2) -> str:
-    """sha256 over the shape and every bit of the weights in memory, whatever they were loaded from."""
-    total = hashlib.sha256(repr(model.config).encode())
+    """sha256 over the block, the shape and every bit of the weights in memory, whatever they were loaded from."""
+    total = hashlib.sha256(f"{block_name(model.block)} {model.config!r}".encode())
     for name, tensor in sorted(weights(model).items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def save_reference(directory: Path, ids: Tensor) -> None:
-    """Write reference.safetensors beside a checkpoint: what transformers computes for `ids` in float64."""
-    expected = run_transformers(load_transformers(directory, torch.float64), ids)
-    tensors = {"ids": ids, **{name: tensor.float().contiguous() for name, tensor in expected.items()}}
-    about = {
-        "weights": digest(GPT2.from_pretrained(directory)),
-        "transformers": version("transformers"),
-        "torch": version("torch"),
-    }
-    write_tensors(directory / REFERENCE, tensors, about)
+def save_reference(directory: Path, ids: Tensor, block: type[Block] = Block) -> None:
+    """Write reference.safetensors beside a checkpoint: what is computed for `ids` in float64.
+
+    Transformers computes it where the block is GPT-2's, and this library itself for any other. Raises ValueError where
+    a value is not finite, CheckpointError for a broken checkpoint, and OSError when the file cannot be written.
+    """
+    if block is Block:
+        expected = run_transformers(load_transformers(directory, torch.float64), ids)
+        about = {"transformers": version("transformers")}
+    else:
+        expected = run(GPT2.from_pretrained(directory, dtype=torch.float64, block=block), ids)
+        about = {"minigpt": version("minigpt"), "block": str(block_name(block))}
+    tensors = {name: expected[name].float().contiguous() for name in _quantities(ids)}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{', '.join(broken)} of {directory} are not finite; nothing can be held against them.")
+    about |= {"weights": digest(GPT2.from_pretrained(directory, block=block)), "torch": version("torch")}
+    write_tensors(directory / REFERENCE, {"ids": ids, **tensors}, about)
+
+
+def reference_ids(config: GPT2Config) -> Tensor:
+    """The texts of a reference, where nobody chose any: random, and the same every time."""
+    shape = (REFERENCE_TEXTS, min(REFERENCE_TOKENS, config.n_positions))
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed: an extra."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _quantities(ids: Tensor) -> tuple[str, ...]:
+    return QUANTITIES if ids.shape[1] > 1 else QUANTITIES[:-1]
+
+
+def _broken(path: Path, error: Exception) -> Certificate:
+    return _certificate(REFERENCE, {}, None, [f"{path} is broken or belongs to another model: {error}."])
 
 
 def _against_stored(model: GPT2, path: Path) -> Certificate:
     try:
         with open_tensors(path) as stored:
             about = stored.metadata() or {}
-            expected = {name: stored.get_tensor(name) for name in ("logits", "depths", "final", "loss")}
             ids = stored.get_tensor("ids")
-        against = f"{REFERENCE} (transformers {shown(about['transformers'])[1:-1]})"
-        model.config.check_ids(ids)
+            model.config.check_ids(ids)
+            expected = {name: stored.get_tensor(name) for name in _quantities(ids)}
+        against = f"{REFERENCE} ({_origin(model, about)})"
         if expected["logits"].shape != (*ids.shape, model.config.vocab_size):
             raise ValueError("the logits are of other texts")
     except (OSError, LookupError, ValueError) as error:
-        return _certificate(path.name, {}, None, [f"{path} is broken or belongs to another model: {error}."])
+        return _broken(path, error)
     ours = run(model, ids.to(model.device))
     problems = [f"{name} have another shape." for name in expected if ours[name].shape != expected[name].shape]
     if problems:
@@ -249,8 +324,15 @@ def _against_stored(model: GPT2, path: Path) -> Certificate:
     return _certificate(against, differences(ours, expected), TOLERANCES[model.dtype] + STORED_ROUNDING, problems)
 
 
+def _origin(model: GPT2, about: dict[str, str]) -> str:
+    """What wrote a reference, in words."""
+    if model.block is Block:
+        return f"transformers {shown(about['transformers'])[1:-1]}"
+    return f"of its own: minigpt {shown(about['minigpt'])[1:-1]}, block {shown(about['block'])[1:-1]}"
+
+
 def _against_transformers(model: GPT2, required: bool) -> Certificate:
-    if importlib.util.find_spec("transformers") is None:
+    if not has_transformers():
         if required:
             raise ValueError("A live check needs transformers; install it with: pip install 'minigpt[parity]'.")
         return Certificate(
@@ -277,7 +359,7 @@ def published_figures() -> dict[str, Any]:
 
 def _against_published(model: GPT2) -> Certificate:
     found, problems = published_differences(model, published_figures())
-    return _certificate("published figures of gpt2", found, None, problems)
+    return _certificate("published figures of gpt2", found, None, [*problems, IF_MEANT] if problems else [])
 
 
 @torch.no_grad()
@@ -327,12 +409,12 @@ def _published_tokens(model: GPT2, figures: dict[str, Any]) -> list[str]:
 
 
 def _certificate(against: str, found: dict[str, float], tolerance: float | None, problems: list[str]) -> Certificate:
-    if tolerance is not None:
-        problems = problems + [
-            f"{name} differ by more than the tolerance." for name, error in found.items() if error > tolerance
-        ]
+    over = [name for name, error in found.items() if tolerance is not None and error > tolerance]
+    said = [*problems, *(f"{name} differ by more than the tolerance." for name in over)]
+    if over and not problems:  # the weights are right, so the arithmetic is another
+        said.append(IF_MEANT)
     versions = installed("minigpt", "torch", "transformers")
-    return Certificate("failed" if problems else "certified", against, found, tolerance, tuple(problems), versions)
+    return Certificate("failed" if said else "certified", against, found, tolerance, tuple(said), versions)
 
 
 def installed(*packages: str) -> dict[str, str]:

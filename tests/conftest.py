@@ -43,8 +43,8 @@ def draw(
 def small() -> Callable[..., GPT2]:
     """Make a small random model; arguments are fields of GPT2Config."""
 
-    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: object) -> GPT2:
-        return draw(GPT2Config(**{**SMALL, **fields}), seed, dtype)
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, block: type[Block] = Block, **fields: object) -> GPT2:
+        return draw(GPT2Config(**{**SMALL, **fields}), seed, dtype, block=block)
 
     return make
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from experiments.texts import read_texts
-from minigpt import GPT2, CheckpointError, GPT2Config
+from minigpt import GPT2, Block, CheckpointError, GPT2Config
 from minigpt.checkpoint import INDEX, WEIGHTS
+from tests.blocks import Rotary
 
 CRASHES = Path(__file__).parent / "crashes"
 SHAPE = GPT2Config(vocab_size=3, n_positions=2, n_embd=2, n_head=1, n_layer=1)
@@ -27,11 +28,11 @@ class WrongError(AssertionError):
 class Loader:
     """A small checkpoint, one file of which is replaced; the first byte says which, and how."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, block: type[Block] = Block) -> None:
+        self.folder, self.block = folder, block
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            GPT2(SHAPE).save_pretrained(folder)
+            GPT2(SHAPE, block).save_pretrained(folder)
         self.whole = {name: (folder / name).read_bytes() for name in ("config.json", WEIGHTS)}
         length = int.from_bytes(self.whole[WEIGHTS][:8], "little")
         self.header, self.body = self.whole[WEIGHTS][8 : 8 + length], self.whole[WEIGHTS][8 + length :]
@@ -51,7 +52,7 @@ class Loader:
         if name == INDEX:
             (self.folder / WEIGHTS).unlink()
         try:
-            model = GPT2.from_pretrained(self.folder)
+            model = GPT2.from_pretrained(self.folder, block=self.block)
         except CheckpointError as error:
             _check_sentence(str(error))
             return False
@@ -99,4 +100,8 @@ def _check_sentence(said: str) -> None:
         raise WrongError(f"not a sentence for a terminal: {said[:200]!r}")
 
 
-TARGETS: dict[str, Callable[[Path], Loader | Texts]] = {"loader": Loader, "texts": Texts}
+TARGETS: dict[str, Callable[[Path], Loader | Texts]] = {
+    "loader": Loader,
+    "rotary": lambda folder: Loader(folder, Rotary),
+    "texts": Texts,
+}

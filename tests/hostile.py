@@ -38,9 +38,15 @@ def case(sentence: str) -> Callable[[Spoil], Spoil]:
     return register
 
 
-def _config(folder: Path, **values: object) -> None:
+def change_config(folder: Path, **values: object) -> None:
+    """Give fields of config.json other values."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def name_a_block(folder: Path, name: str) -> None:
+    """Let a checkpoint claim that it was saved with a block of that name."""
+    change_config(folder, model_type="minigpt", block=name)
 
 
 def _raw_config(folder: Path, content: bytes) -> None:
@@ -376,82 +382,82 @@ def pickle_under_the_name_of_the_weights(folder: Path) -> None:
 
 @case("are missing")
 def config_of_a_thousand_million_blocks(folder: Path) -> None:
-    _config(folder, n_layer=10**9)
+    change_config(folder, n_layer=10**9)
 
 
 @case("wrong shape")
 def config_a_million_wide(folder: Path) -> None:
-    _config(folder, n_embd=10**6)
+    change_config(folder, n_embd=10**6)
 
 
 @case("n_embd is 100000000000000000")
 def config_wider_than_can_be_counted(folder: Path) -> None:
-    _config(folder, n_embd=10**300, n_head=1)
+    change_config(folder, n_embd=10**300, n_head=1)
 
 
 @case("n_positions is 0")
 def config_without_positions(folder: Path) -> None:
-    _config(folder, n_positions=0)
+    change_config(folder, n_positions=0)
 
 
 @case("n_layer is -1")
 def config_of_less_than_no_blocks(folder: Path) -> None:
-    _config(folder, n_layer=-1)
+    change_config(folder, n_layer=-1)
 
 
 @case("n_embd must be a multiple of n_head")
 def config_of_heads_that_do_not_fit(folder: Path) -> None:
-    _config(folder, n_head=3)
+    change_config(folder, n_head=3)
 
 
 @case("layer_norm_epsilon is -1e-05")
 def config_with_an_epsilon_below_zero(folder: Path) -> None:
-    _config(folder, layer_norm_epsilon=-1e-5)
+    change_config(folder, layer_norm_epsilon=-1e-5)
 
 
 @case("layer_norm_epsilon is nan")
 def config_with_an_epsilon_that_is_no_number(folder: Path) -> None:
-    _config(folder, layer_norm_epsilon=float("nan"))
+    change_config(folder, layer_norm_epsilon=float("nan"))
 
 
 @case("layer_norm_epsilon is 1000000")
 def config_with_an_epsilon_of_four_hundred_digits(folder: Path) -> None:
-    _config(folder, layer_norm_epsilon=10**400)
+    change_config(folder, layer_norm_epsilon=10**400)
 
 
 @case("n_layer is '2'")
 def config_with_strings_for_numbers(folder: Path) -> None:
-    _config(folder, n_layer="2")
+    change_config(folder, n_layer="2")
 
 
 @case("n_layer is True")
 def config_with_truth_for_a_number(folder: Path) -> None:
-    _config(folder, n_layer=True)
+    change_config(folder, n_layer=True)
 
 
 @case("activation_function is ['gelu_new']")
 def config_with_a_list_for_the_activation(folder: Path) -> None:
-    _config(folder, activation_function=["gelu_new"])
+    change_config(folder, activation_function=["gelu_new"])
 
 
 @case("model_type is 'llama'")
 def config_of_another_model(folder: Path) -> None:
-    _config(folder, model_type="llama")
+    change_config(folder, model_type="llama")
 
 
 @case(r"model_type is '\x1b[31m")
 def config_that_steers_the_terminal(folder: Path) -> None:
-    _config(folder, model_type="\x1b[31m" + "x" * 10_000)
+    change_config(folder, model_type="\x1b[31m" + "x" * 10_000)
 
 
 @case("eos_token_id is 50256")
 def config_with_an_end_out_of_the_vocabulary(folder: Path) -> None:
-    _config(folder, eos_token_id=50256)
+    change_config(folder, eos_token_id=50256)
 
 
 @case("add_cross_attention is set")
 def config_with_a_feature_that_changes_the_arithmetic(folder: Path) -> None:
-    _config(folder, add_cross_attention=True)
+    change_config(folder, add_cross_attention=True)
 
 
 @case("nested too deeply")
@@ -494,3 +500,28 @@ def config_with_a_number_of_a_million_digits(folder: Path) -> None:
 @case("holds a list")
 def config_that_is_a_list(folder: Path) -> None:
     _raw_config(folder, b"[]")
+
+
+@case("No model of the shape")
+def config_of_more_values_than_can_be_counted(folder: Path) -> None:
+    change_config(folder, n_embd=2**31 - 1, n_head=1)
+
+
+@case("was saved with the block os:system")
+def config_that_names_a_block_to_import(folder: Path) -> None:
+    name_a_block(folder, "os:system")
+
+
+@case(r"block is '\x1b[2J")
+def config_with_a_block_that_steers_the_terminal(folder: Path) -> None:
+    name_a_block(folder, "\x1b[2J:" + "x" * 10_000)
+
+
+@case("block is {'a': 1}")
+def config_with_a_block_that_is_no_name(folder: Path) -> None:
+    change_config(folder, model_type="minigpt", block={"a": 1})
+
+
+@case("block is 'os:system', but model_type is 'gpt2'")
+def config_of_gpt2_with_a_block(folder: Path) -> None:
+    change_config(folder, block="os:system")

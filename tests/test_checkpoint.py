@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from minigpt import GPT2, CheckpointError, scaled
+from minigpt import GPT2, Block, CheckpointError, GPT2Config, scaled
+from minigpt.cache import KeyValueCache
 from minigpt.checkpoint import INDEX, ORIGIN, WEIGHTS
 from minigpt.files import write_atomically
+from minigpt.parameters import Native
+from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
+from tests.conftest import TINY
 
 Tensors = dict[str, Tensor]
 MAPS = Path("/proc/self/maps")
@@ -291,3 +295,253 @@ def test_saved_weights_no_longer_claim_the_hubs_commit(model: GPT2, folder: Path
     model.save_pretrained(folder)
     after = GPT2.from_pretrained(folder).source
     assert after is not None and (after.repository, after.commit) == (None, None)
+
+
+# Blocks of one's own: a checkpoint holds what the model declares.
+
+
+def test_a_checkpoint_of_gpt2_loads_into_every_block_with_its_parameters(tiny: GPT2) -> None:
+    model = GPT2.from_pretrained(TINY, block=Parallel)
+    assert_same(model, tiny)
+    ids = torch.arange(8)[None]
+    block, read = model.blocks[0], model.blocks[0].attention_norm(model.embed(ids))
+    expected = model.embed(ids) + block.attention(read) + block.mlp(read)
+    torch.testing.assert_close(model.residuals(ids)[1], expected)
+    assert (model(ids) - tiny(ids)).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("block", "wrong", "count"),
+    [(RMSNorm, r"unexpected: h\.0\.ln_1\.bias", 9), (Rotary, r"unexpected: wpe\.weight", 1)],
+)
+def test_a_block_with_other_parameters_refuses_a_checkpoint_of_gpt2_and_says_why(
+    folder: Path, block: type[Block], wrong: str, count: int
+) -> None:
+    with pytest.raises(CheckpointError, match=wrong) as error:
+        GPT2.from_pretrained(folder, block=block)
+    *problems, last = str(error.value).split("\n  ")[1:]
+    assert len(problems) == count
+    assert last == f"The block tests.blocks:{block.__name__} declares other parameters than the file holds."
+
+
+def test_a_block_with_the_same_parameters_is_not_blamed_for_a_broken_value(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors["transformer.wpe.weight"].fill_(torch.nan))
+    with pytest.raises(CheckpointError) as error:
+        GPT2.from_pretrained(folder, block=Parallel)
+    assert "declares other" not in str(error.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_model_of_another_block_is_saved_and_loaded_bit_for_bit(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, block: type[Block], tied: bool
+) -> None:
+    model = small(block=block, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=block)
+    assert_same(loaded, model)
+    assert torch.equal(loaded(ids), model(ids))
+    assert (loaded.unembed.weight is loaded.token_embedding.weight) == tied
+    assert loaded.source is not None
+    assert re.fullmatch("[0-9a-f]{64}", loaded.source.sha256[WEIGHTS])
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert tensors.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(tensor.shape == model.get_parameter(name).shape for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_model_of_another_block_does_not_pass_for_hugging_faces_gpt2(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, block: type[Block]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = small(block=block)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("minigpt", ["minigpt.GPT2"])
+    assert config["block"] == f"tests.blocks:{block.__name__}"
+    with pytest.raises(ValueError, match="minigpt"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs, told = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(told["unexpected_keys"]) == set(load_file(tmp_path / WEIGHTS)), "not one of its tensors is taken"
+    assert (theirs(ids).logits - model(ids)).abs().max() > 1
+
+
+def test_a_plain_model_says_that_it_is_gpt2(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
+    assert "block" not in config
+
+
+@pytest.mark.parametrize("given", [Block, RMSNorm])
+def test_a_checkpoint_that_names_its_block_is_refused_without_it(
+    small: Callable[..., GPT2], tmp_path: Path, given: type[Block]
+) -> None:
+    small(block=Parallel).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved with the block tests\.blocks:Parallel") as error:
+        GPT2.from_pretrained(tmp_path, block=given)
+    assert "GPT2.from_pretrained(..., block=Parallel), or --block tests.blocks:Parallel." in str(error.value)
+    assert ("tests.blocks:RMSNorm was given" in str(error.value)) == (given is RMSNorm)
+
+
+def test_a_block_whose_module_has_moved_is_the_same_block(
+    small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(block=Parallel).save_pretrained(tmp_path)
+    monkeypatch.setattr(Parallel, "__module__", "elsewhere")
+    assert GPT2.from_pretrained(tmp_path, block=Parallel).block is Parallel
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"block": 5}, "block is 5; expected the name"),
+        ({"block": "Parallel"}, "block is 'Parallel'; expected the name"),
+        ({"block": "a:\x1b[2J"}, "expected the name"),
+        ({"block": None}, "block is None; expected the name"),
+        ({"model_type": "gpt2"}, "but model_type is 'gpt2'"),
+        ({"model_type": ["minigpt"]}, "model_type is"),
+    ],
+)
+def test_a_block_that_is_named_wrongly_is_refused(
+    small: Callable[..., GPT2], tmp_path: Path, values: dict[str, object], said: str
+) -> None:
+    small(block=Parallel).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(CheckpointError, match=said):
+        GPT2.from_pretrained(tmp_path, block=Parallel)
+
+
+OWN_WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "missing": (lambda t: t.pop("blocks.1.mlp_norm.weight"), r"missing: blocks\.1\.mlp_norm\.weight"),
+    "unexpected": (lambda t: t.update({"blocks.1.gate": torch.ones(1)}), r"unexpected: blocks\.1\.gate"),
+    "a block too many": (lambda t: t.update({"blocks.4.mlp_norm.weight": torch.ones(36)}), r"unexpected: blocks\.4"),
+    "transposed": (
+        lambda t: t.update({"blocks.0.attention.qkv.weight": torch.ones(36, 108)}),
+        r"wrong shape: blocks\.0\.attention\.qkv\.weight is \[36, 108\], config\.json asks for \[108, 36\]",
+    ),
+    "a name of GPT-2's": (
+        lambda t: t.update({"transformer.wte.weight": t.pop("token_embedding.weight")}),
+        "unexpected",
+    ),
+    "an unembedding of its own": (
+        lambda t: t.update({"unembed.weight": t["token_embedding.weight"] + 1}),
+        r"unembed\.weight differs from token_embedding\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_WRONG)
+def test_what_is_wrong_with_a_checkpoint_of_another_block_is_listed(
+    small: Callable[..., GPT2], tmp_path: Path, case: str
+) -> None:
+    change, said = OWN_WRONG[case]
+    small(block=RMSNorm).save_pretrained(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match=said):
+        GPT2.from_pretrained(tmp_path, block=RMSNorm)
+
+
+@pytest.mark.parametrize(("first", "second"), [(Block, RMSNorm), (RMSNorm, Block), (RMSNorm, Rotary)])
+def test_saving_over_a_checkpoint_of_another_block_leaves_nothing_of_it(
+    small: Callable[..., GPT2], tmp_path: Path, first: type[Block], second: type[Block]
+) -> None:
+    small(block=first).save_pretrained(tmp_path)
+    model = small(block=second)
+    model.save_pretrained(tmp_path)
+    assert_same(GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=second), model)
+    with pytest.raises(CheckpointError):
+        GPT2.from_pretrained(tmp_path, block=first)
+
+
+class Gated(Block):
+    """A parameter of its own, a native one of its own, and a table that no checkpoint holds."""
+
+    native = (*Block.native, Native("gate_shift", neutral=0.0))
+    gate_shift: Tensor
+    table: Tensor
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.gate = nn.Parameter(torch.full((config.n_embd,), 0.5))
+        self.register_buffer("table", torch.arange(config.n_embd) / config.n_embd, persistent=False)
+        self.offset = torch.tensor(0.25)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        return super().forward(x, cache) + self.gate * (self.table + self.offset) + self.gate_shift
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_of_ones_own_are_saved_and_what_is_kept_beside_them_is_made_again(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = small(block=Gated, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    random = torch.get_rng_state()
+    loaded = GPT2.from_pretrained(tmp_path, dtype=dtype, block=Gated)
+    assert torch.equal(torch.get_rng_state(), random), "nobody's draws change"
+    assert_same(loaded, model)
+    assert loaded.blocks[1].get_buffer("table").dtype == dtype
+    assert torch.equal(loaded(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.gate_shift", "blocks.1.mlp_scale", "blocks.0.attention.head_scale"])
+def test_no_native_parameter_is_ever_dropped(small: Callable[..., GPT2], tmp_path: Path, name: str) -> None:
+    model = small(block=Gated)
+    with scaled(model, {name: 0.5}), pytest.raises(ValueError, match=f"not neutral.*{re.escape(name)}"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_that_gpt2_has_not_is_missing_from_its_checkpoints(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing: h\.3\.gate") as error:
+        GPT2.from_pretrained(folder, block=Gated)
+    assert "Gated declares other parameters" in str(error.value)
+
+
+class Shared(Block):
+    """One norm for both sublayers: two names for the same weights."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mlp_norm = self.attention_norm
+
+
+def test_weights_with_two_names_are_saved_under_both(small: Callable[..., GPT2], ids: Tensor, tmp_path: Path) -> None:
+    model = small(block=Shared)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=Shared)
+    assert torch.equal(loaded(ids), model(ids))
+    assert loaded.blocks[1].mlp_norm is loaded.blocks[1].attention_norm
+
+
+class Uneven(Block):
+    """Only the first block has a norm before its MLP."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        if layer:
+            self.mlp_norm = nn.Identity()
+
+
+def test_blocks_that_differ_from_each_other_are_refused(
+    small: Callable[..., GPT2], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"must hold the same parameters.*blocks\.1\.mlp_norm\.weight"):
+        small(block=Uneven).save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="must hold the same parameters"):
+        GPT2.from_pretrained(folder, block=Uneven)
+    assert not (tmp_path / "new").exists()
+
+
+class Counting(Block):
+    """Integers among what is saved."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+
+
+def test_integers_that_could_not_be_read_back_are_refused(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="persistent=False"):
+        small(block=Counting).save_pretrained(tmp_path / "new")

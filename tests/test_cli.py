@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from minigpt import GPT2, Tokenizer, cli, generate
+from minigpt import GPT2, Tokenizer, cli, generate, parity
 from minigpt.parity import REFERENCE
+from tests.blocks import Parallel
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -74,9 +77,90 @@ def test_generate_works_under_scales(run: Run) -> None:
     assert len({clean, scaled, heads}) == 3
 
 
+PARALLEL = ("--block", "tests.blocks:Parallel")
+
+
+def test_a_block_that_nothing_is_known_of_is_not_verified(run: Run) -> None:
+    code, out, err = run("verify", TINY, *PARALLEL)
+    assert (code, err) == (1, "")
+    assert "not comparable. A modified architecture has no counterpart in transformers" in out
+
+
+def test_reference_stores_what_verify_holds_later_runs_against(run: Run, tmp_path: Path) -> None:
+    GPT2.from_pretrained(TINY, block=Parallel).save_pretrained(tmp_path)
+    code, out, err = run("reference", tmp_path, *PARALLEL)
+    assert (code, err) == (0, "")
+    assert "with the block tests.blocks:Parallel computes in float64 for 2 texts of 32 tokens" in out
+    code, out, _ = run("verify", tmp_path, *PARALLEL)
+    assert code == 0
+    assert "certified against reference.safetensors (of its own: minigpt " in out
+
+
+def test_a_reference_of_gpt2_is_what_transformers_computes(run: Run, tmp_path: Path) -> None:
+    GPT2.from_pretrained(TINY).save_pretrained(tmp_path)
+    code, out, err = run("reference", tmp_path)
+    assert (code, err) == (0, "")
+    assert "holds what transformers computes" in out
+    assert "certified against reference.safetensors (transformers " in run("verify", tmp_path, "--dtype", "float64")[1]
+
+
+def test_a_reference_is_replaced_only_when_asked_and_is_the_same_again(run: Run, tmp_path: Path) -> None:
+    GPT2.from_pretrained(TINY, block=Parallel).save_pretrained(tmp_path)
+    run("reference", tmp_path, *PARALLEL)
+    before = {name: tensor.clone() for name, tensor in load_file(tmp_path / REFERENCE).items()}
+    code, _, err = run("reference", tmp_path, *PARALLEL)
+    assert (code, "--overwrite replaces it" in err) == (2, True)
+    (tmp_path / REFERENCE).write_bytes(b"old")
+    assert run("reference", tmp_path, *PARALLEL)[0] == 2
+    assert (tmp_path / REFERENCE).read_bytes() == b"old"
+    assert run("reference", tmp_path, *PARALLEL, "--overwrite")[0] == 0
+    again = load_file(tmp_path / REFERENCE)
+    assert before.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_a_reference_that_cannot_be_made_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPT2.from_pretrained(TINY).save_pretrained(tmp_path)
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("reference", tmp_path)
+    assert (code, "minigpt[parity]" in err) == (2, True)
+    assert not (tmp_path / REFERENCE).exists()
+
+
+def test_generate_follows_the_block(run: Run) -> None:
+    plain, parallel = (run("generate", TINY, "--prompt", "She was", *block)[1] for block in ((), PARALLEL))
+    assert plain != parallel
+
+
+MINE = "from minigpt import Block\n\nclass Mine(Block):\n    pass\n"
+
+
+def test_a_block_of_the_current_folder_is_found_behind_all_that_is_installed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "colorsys.py").write_text(MINE)  # a module of Python's own that nothing here has imported
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert "not comparable" in run("verify", TINY, "--block", "mine:Mine")[1]
+    assert "has no attribute 'Mine'" in run("verify", TINY, "--block", "colorsys:Mine")[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["verify", TINY, "--block", "tests.blocks:Nothing"], "has no attribute 'Nothing'"),
+        (["verify", TINY, "--block", "tests.nothing:Block"], "No module named 'tests.nothing'"),
+        (["verify", TINY, "--block", "tests.blocks"], "package.module:Name"),
+        (["verify", TINY, "--block", ".blocks:Parallel"], "package.module:Name"),
+        (["verify", TINY, "--block", "minigpt:GPT2"], "not a subclass of minigpt.Block"),
+        (["verify", TINY, "--block", "tests.blocks:Rotary"], "declares other parameters"),
+        (["verify", TINY, "--live", *PARALLEL], "no counterpart"),
+        (["reference", "./none-here"], "expected the folder of a checkpoint"),
+        (["reference", TINY], "--overwrite replaces it"),
         (["verify", "weights/none-here"], "offline mode is on"),
         (["verify", "./none-here"], "not a folder"),
         (["verify", TINY, "--dtype", "int8"], "expected one of float32"),
@@ -105,10 +189,10 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(run: Run, arguments: list[objec
     assert "Traceback" not in err
 
 
-def test_help_names_the_three_commands(run: Run) -> None:
+def test_help_names_the_commands(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in ("verify", "generate", "download"))
+    assert all(command in out for command in ("verify", "reference", "doctor", "generate", "download"))
 
 
 def test_the_installed_command_runs() -> None:

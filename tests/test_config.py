@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt import CheckpointError, GPT2Config
-from minigpt.config import ACTIVATIONS, OFFICIAL
+from minigpt.config import ACTIVATIONS, OFFICIAL, read_config
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ def test_a_value_that_cannot_be_right_is_refused_by_name(fields: dict[str, objec
         ({"model_type": "llama"}, "model_type"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "minigpt"}, "block is None"),
+        ({"model_type": "minigpt", "block": 5}, "block is 5"),
+        ({"model_type": "gpt2", "block": "mine:Block"}, "block is 'mine:Block'"),
     ],
 )
 def test_another_architecture_is_refused_by_the_field_that_says_so(values: dict[str, object], named: str) -> None:
@@ -61,7 +64,8 @@ def test_writing_and_reading_gives_the_same_config(
         activation_function=activation,
         tie_word_embeddings=tied,
     )
-    assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for block in (None, "mine:Block"):
+        assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict(block)))) == config
 
 
 def test_the_official_sizes_have_the_published_parameter_counts() -> None:
@@ -85,3 +89,9 @@ def test_a_broken_file_is_a_checkpoint_error(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         GPT2Config.from_file(tmp_path / "config.json")
+
+
+def test_a_config_says_of_which_block_the_model_is(tmp_path: Path) -> None:
+    for block in (None, "package.module:Name", "__main__:test.<locals>.Name"):
+        (tmp_path / "config.json").write_text(json.dumps(GPT2Config().to_dict(block)))
+        assert read_config(tmp_path / "config.json") == (GPT2Config(), block)

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minigpt import GPT2, cli, parity
+from minigpt import GPT2, Block, cli, parity
 from minigpt.doctor import Finding, examine
 from minigpt.selfcheck import Check, SelfCheck
+from tests.blocks import BLOCKS
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -151,6 +152,17 @@ def test_a_model_that_nothing_can_be_compared_with_is_not_off_for_that(
     code, out, _ = minigpt("doctor", tmp_path)
     assert code == 0
     assert "    parity in float32: not certified." in out
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_of_ones_own_is_examined_as_well(
+    small: Callable[..., GPT2], tmp_path: Path, minigpt: Run, block: type[Block]
+) -> None:
+    small(block=block, dtype=torch.float32).save_pretrained(tmp_path)
+    code, out, err = minigpt("doctor", tmp_path, "--block", f"tests.blocks:{block.__name__}")
+    assert (code, err) == (0, "")
+    assert "ok  attention: " in out
+    assert "    parity in float64: not comparable. A modified architecture" in out
 
 
 def test_a_lack_of_memory_says_nothing_about_the_numbers(minigpt: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minigpt import GPT2
+from minigpt import GPT2, Block
+from tests.blocks import Rotary
 from tests.fuzzing import CRASHES, TARGETS, Loader, Texts, WrongError
 
 FIXED = settings(
@@ -18,13 +19,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(["n_layer", "n_embd", "n_head", "vocab_size", "layer_norm_epsilon", "model_type", "x"])
+FIELDS = st.sampled_from(
+    ["n_layer", "n_embd", "n_head", "vocab_size", "layer_norm_epsilon", "model_type", "block", "x"]
+)
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """The loader over a small checkpoint."""
-    return Loader(tmp_path_factory.mktemp("loader"))
+@pytest.fixture(scope="module", params=[Block, Rotary], ids=lambda block: block.__name__)
+def loader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """The loader over a small checkpoint of GPT-2's block, and of another."""
+    return Loader(tmp_path_factory.mktemp("loader"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_what_once_broke_something_no_longer_does(file: Path, tmp_path: Path) ->
 
 
 def test_a_loader_that_lets_an_error_through_is_found(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(_: Path) -> GPT2:
+    def load(_: Path, block: type[Block]) -> GPT2:
         raise KeyError("n_layer")
 
     monkeypatch.setattr(GPT2, "from_pretrained", load)

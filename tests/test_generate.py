@@ -5,7 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minigpt import GPT2, generate, scaled
+from minigpt import GPT2, Block, GPT2Config, generate, scaled
+from minigpt.parameters import not_neutral
+from minigpt.parity import next_token_loss
+from tests.blocks import BLOCKS, Parallel, Rotary, RotaryAttention
+from tests.conftest import SMALL
 
 PROMPT = [5, 17, 3]
 
@@ -34,6 +38,50 @@ def test_cached_and_uncached_give_the_same_ids(model: GPT2, scales: str, tempera
         )
     assert cached == uncached
     assert len(cached) == 20
+
+
+@pytest.mark.parametrize("scales", ["clean", "output", "heads"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_generates_the_same_with_and_without_a_cache(
+    small: Callable[..., GPT2], block: type[Block], scales: str
+) -> None:
+    model = small(block=block, tie_word_embeddings=False)
+    with scaled(model, SCALES[scales]):
+        cached, uncached = (list(generate(model, PROMPT, 20, cached=cached)) for cached in (True, False))
+    assert cached == uncached
+    assert len(set(cached)) > 2
+
+
+def test_a_rotation_that_forgets_where_it_is_gives_other_ids(small: Callable[..., GPT2]) -> None:
+    class Forgetful(RotaryAttention):
+        def heads(self, x: torch.Tensor, start: int = 0) -> list[torch.Tensor]:
+            return super().heads(x)
+
+    class ForgetfulRotary(Rotary):
+        attention_class = Forgetful
+
+    model = small(block=ForgetfulRotary, tie_word_embeddings=False)
+    cached, uncached = (list(generate(model, PROMPT, 20, cached=cached)) for cached in (True, False))
+    assert cached != uncached
+
+
+@pytest.mark.parametrize("block", [Block, *BLOCKS])
+def test_every_block_can_be_trained(block: type[Block], ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(**SMALL), block)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    losses = list[float]()
+    for _ in range(20):
+        loss = next_token_loss(model(ids), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    unused = {name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None}
+    assert all(block is Parallel and "mlp_norm" in name for name in unused)
+    assert losses[-1] < 0.5 * losses[0]
+    assert not not_neutral(model)
 
 
 def test_scales_reach_the_generated_text(model: GPT2) -> None:

@@ -2,15 +2,19 @@
 
 import ast
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from minigpt import GPT2, CheckpointError
+from minigpt import GPT2, Block, CheckpointError
 from minigpt.checkpoint import MOST_PROBLEMS
+from minigpt.model import block_named
 from tests import hostile
+from tests.blocks import BLOCKS, Parallel
 from tests.conftest import ROOT
 
 SECOND, MEGABYTES_200 = 1.0, 200 * 2**20
@@ -58,6 +62,24 @@ def test_a_hostile_checkpoint_ends_in_a_sentence_soon_and_without_much_memory(tm
     assert not (tmp_path / "owned").exists() and not Path("owned").exists()
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("values", [{"n_layer": 2**31 - 1}, {"n_embd": 2**31 - 1, "n_head": 1}, {"n_inner": 2**31 - 1}])
+def test_a_config_beyond_all_bounds_builds_nothing_of_another_block(
+    tmp_path: Path, block: type[Block], values: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    GPT2(hostile.SHAPE, block).save_pretrained(tmp_path)
+    hostile.change_config(tmp_path, **values)
+
+    def load() -> None:
+        with pytest.raises(CheckpointError):
+            GPT2.from_pretrained(tmp_path, block=block)
+
+    seconds, rose = cost_of(load)
+    assert seconds < SECOND
+    assert rose < MEGABYTES_200
+
+
 def test_there_are_at_least_forty_of_them() -> None:
     assert len(hostile.CASES) >= 40
 
@@ -90,6 +112,25 @@ def test_a_link_within_the_folder_and_a_link_to_the_folder_are_followed(tmp_path
     (tmp_path / "real" / "model.safetensors").symlink_to("weights")
     (tmp_path / "alias").symlink_to("real")
     assert GPT2.from_pretrained(tmp_path / "alias").config == hostile.SHAPE
+
+
+OWNED = "from pathlib import Path\nPath('owned').touch()\nfrom minigpt import Block as Stranger\n"
+
+
+def test_a_block_that_a_config_names_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its module lies where Python would find it: whoever loads a checkpoint gives the block."""
+    hostile.build(tmp_path / "checkpoint")
+    (tmp_path / "strange.py").write_text(OWNED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    hostile.name_a_block(tmp_path / "checkpoint", "strange:Stranger")
+    for block in (Block, Parallel):
+        with pytest.raises(CheckpointError, match="saved with the block strange:Stranger"):
+            GPT2.from_pretrained("checkpoint", block=block)
+    assert "strange" not in sys.modules
+    assert not Path("owned").exists()
+    block_named("strange:Stranger")
+    assert Path("owned").exists(), "such a module would do harm when it is imported"
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minigpt import GPT2, GPT2Config, generate, parity, scaled
-from minigpt.checkpoint import WEIGHTS, Layout, Source
-from minigpt.config import ACTIVATIONS
-from minigpt.model import SITES, Site, scale_name
+from minigpt import GPT2, Block, GPT2Config, generate, parity, scaled
+from minigpt.checkpoint import WEIGHTS, Source
+from minigpt.config import ACTIVATIONS, CheckpointError
+from minigpt.model import MLP, SITES
+from minigpt.parameters import natives, parameter_name
+from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
 from tests.conftest import SMALL, TINY, draw
 
 EXACT = parity.TOLERANCES[torch.float64]
@@ -101,7 +103,7 @@ def test_odd_configurations_match_clean_and_under_every_scale_at_once(
         with scaled(
             model,
             {
-                scale_name(layer, site): value_of(model, site, factor, head)
+                parameter_name(model, layer, site): value_of(model, site, factor, head)
                 for site, factor in zip(SITES, scales, strict=True)
             },
         ):
@@ -137,7 +139,7 @@ def test_gradients_of_all_weights_match(model: GPT2, ids: Tensor, tmp_path: Path
     parity.next_token_loss(theirs(ids).logits, ids).backward()
     parity.next_token_loss(model(ids), ids).backward()
     compared = 0
-    layout = Layout(model.config)
+    layout = GPT2._layout(model.config, Block, own=False)
     for name, (ours, _, conv1d) in ((name, layout.get(name)) for name in layout):
         if name == "lm_head.weight":
             continue
@@ -182,7 +184,7 @@ def test_tiny_matches_a_live_run(dtype: torch.dtype) -> None:
 # The scaled model against a correct edit by hook.
 
 
-def hook_in(theirs: Any, site: Site, layer: int, factor: float, head: int) -> None:
+def hook_in(theirs: Any, site: str, layer: int, factor: float, head: int) -> None:
     """Edit Hugging Face's model as a scale would."""
     block = theirs.transformer.h[layer]
     if site == "output":
@@ -197,7 +199,7 @@ def hook_in(theirs: Any, site: Site, layer: int, factor: float, head: int) -> No
         block.attn.c_proj.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * scale,))
 
 
-def value_of(model: GPT2, site: Site, factor: float, head: int) -> float | Tensor:
+def value_of(model: GPT2, site: str, factor: float, head: int) -> float | Tensor:
     """The value of a scale that does the same."""
     ones = torch.ones(model.config.n_head, dtype=torch.float64)
     return ones.index_fill(0, torch.tensor(head), factor) if site == "head" else factor
@@ -205,12 +207,12 @@ def value_of(model: GPT2, site: Site, factor: float, head: int) -> float | Tenso
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("layer", [0, 2, 3])
-def test_scaled_runs_match_a_correct_hook(model: GPT2, ids: Tensor, tmp_path: Path, site: Site, layer: int) -> None:
+def test_scaled_runs_match_a_correct_hook(model: GPT2, ids: Tensor, tmp_path: Path, site: str, layer: int) -> None:
     theirs = twin(model, tmp_path)
     clean = parity.run_transformers(theirs, ids)
     hook_in(theirs, site, layer, 0.4, head=1)
     expected = parity.run_transformers(theirs, ids)
-    with scaled(model, {scale_name(layer, site): value_of(model, site, 0.4, head=1)}):
+    with scaled(model, {parameter_name(model, layer, site): value_of(model, site, 0.4, head=1)}):
         found = parity.run(model, ids)
     assert max(parity.differences(found, expected).values()) < EXACT
     # the captures see the edited layer, and the raw last block
@@ -519,4 +521,176 @@ def test_the_fingerprint_sees_the_shape_and_every_weight_but_no_scale(small: Cal
         changed = small()
         with torch.no_grad():
             changed.get_parameter(name).view(-1)[0] += 1e-9
-        assert (parity.fingerprint(changed) == expected) == name.endswith("_scale"), name
+        assert (parity.fingerprint(changed) == expected) == (name in natives(changed)), name
+
+
+# A library that was edited, and blocks of one's own.
+
+
+def test_an_edited_library_fails_and_is_told_where_an_edit_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Block, "forward", Parallel.forward)
+    certificate = parity.certify(GPT2.from_pretrained(TINY))
+    assert certificate.verdict == "failed"
+    assert not certificate.may_run
+    assert "put it into a subclass of minigpt.Block" in certificate.sentence()
+
+
+def test_wrong_weights_are_not_taken_for_an_edit_of_the_library() -> None:
+    model = GPT2.from_pretrained(TINY)
+    with torch.no_grad():
+        model.blocks[11].mlp.projection.weight += 1e-2
+    assert "subclass" not in parity.certify(model).sentence()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_without_a_reference_of_its_own_is_not_comparable(dtype: torch.dtype) -> None:
+    """Beside the weights lies a reference that transformers computed: it says nothing of this architecture."""
+    model = GPT2.from_pretrained(TINY, dtype=dtype, block=Parallel)
+    certificate = parity.certify(model)
+    assert certificate.verdict == "not comparable"
+    assert (certificate.passed, certificate.may_run, certificate.holds_for(model)) == (False, True, True)
+    assert "no counterpart in transformers" in certificate.sentence()
+    assert "`minigpt reference DIRECTORY --block tests.blocks:Parallel`" in certificate.sentence()
+    with torch.no_grad():
+        model.blocks[3].mlp.expand.bias[5] += 1
+    assert not certificate.holds_for(model)
+    assert parity.certify(model).verdict == "failed", "the weights are not those of the file any more"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_model_of_another_block_that_was_never_saved_is_not_comparable(
+    small: Callable[..., GPT2], block: type[Block]
+) -> None:
+    assert parity.certify(small(block=block)).verdict == "not comparable"
+
+
+def test_transformers_is_not_asked_about_another_block(small: Callable[..., GPT2]) -> None:
+    with pytest.raises(ValueError, match=r"no counterpart of tests\.blocks:Parallel"):
+        parity.certify(small(block=Parallel), live=True)
+
+
+def referenced(folder: Path, model: GPT2, block: type[Block] = Block) -> Path:
+    """A folder with a saved model and a reference of its own."""
+    model.save_pretrained(folder)
+    parity.save_reference(folder, parity.reference_ids(model.config), block)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_reference_of_its_own_certifies_a_block(
+    small: Callable[..., GPT2], tmp_path: Path, block: type[Block], dtype: torch.dtype
+) -> None:
+    folder = referenced(tmp_path, small(block=block, dtype=torch.float32), block)
+    model = GPT2.from_pretrained(folder, dtype=dtype, block=block)
+    certificate = parity.certify(model)
+    assert certificate.passed, certificate
+    assert certificate.holds_for(model)
+    name = f"of its own: minigpt {certificate.versions['minigpt']}, block tests.blocks:{block.__name__}"
+    assert name in certificate.sentence()
+
+
+def _serial(block: type[Block]) -> None:
+    block.forward = Block.forward  # type: ignore[method-assign]
+
+
+def _without_bias(block: type[Block]) -> None:
+    honest = block.forward
+
+    def forward(self: Block, x: Tensor, cache: Any = None) -> Tensor:
+        self.mlp.projection.bias = nn.Parameter(torch.zeros_like(self.mlp.projection.bias))
+        return honest(self, x, cache)
+
+    block.forward = forward  # type: ignore[method-assign]
+
+
+def _erf(block: type[Block]) -> None:
+    class Erf(MLP):
+        def __init__(self, config: GPT2Config) -> None:
+            super().__init__(config)
+            self.activation = ACTIVATIONS["gelu"]
+
+    block.mlp_class = Erf
+
+
+@pytest.mark.parametrize("sabotage", [_serial, _without_bias, _erf])
+def test_a_block_that_was_edited_since_fails_its_reference(
+    small: Callable[..., GPT2], tmp_path: Path, sabotage: Callable[[type[Block]], None]
+) -> None:
+    kind = type("Parallel", (Parallel,), {"__module__": "mine", "__qualname__": "Parallel"})
+    folder = referenced(tmp_path, small(block=kind, dtype=torch.float32), kind)
+    assert parity.certify(GPT2.from_pretrained(folder, block=kind)).passed
+    sabotage(kind)
+    certificate = parity.certify(GPT2.from_pretrained(folder, block=kind))
+    assert certificate.verdict == "failed"
+    assert certificate.differences["logits"] > 2 * certificate.tolerance
+
+
+def test_a_reference_applies_to_the_block_that_it_names_alone(tiny: GPT2, tmp_path: Path) -> None:
+    """Nor does it help to write another name into it: the numbers are of one block."""
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / parity.REFERENCE
+    parity.save_reference(tmp_path, parity.reference_ids(tiny.config), Parallel)
+    assert parity.certify(GPT2.from_pretrained(tmp_path, block=Parallel)).passed
+    plain = GPT2.from_pretrained(tmp_path)
+    assert "live run" in parity.certify(plain).against
+    about = {**_metadata(path), "transformers": "5.0"}
+    del about["block"]
+    save_file(load_file(path), path, about)
+    assert parity.certify(plain).verdict == "failed"
+    assert parity.certify(GPT2.from_pretrained(tmp_path, block=Parallel)).verdict == "not comparable"
+    shutil.copy(TINY / parity.REFERENCE, path)
+    save_file(load_file(path), path, {**_metadata(path), "minigpt": "0.1", "block": "tests.blocks:Parallel"})
+    assert parity.certify(GPT2.from_pretrained(tmp_path, block=Parallel)).verdict == "failed"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with parity.open_tensors(path) as stored:
+        return stored.metadata()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 9])
+@pytest.mark.parametrize("block", [Block, Parallel])
+def test_a_broken_reference_fails_whatever_the_block(tmp_path: Path, content: bytes, block: type[Block]) -> None:
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / parity.REFERENCE).write_bytes(content)
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path, block=block))
+    assert (certificate.verdict, "is broken" in certificate.sentence()) == ("failed", True)
+
+
+@pytest.mark.parametrize("n_positions", [1, 2])
+def test_a_reference_of_the_shortest_texts_certifies(
+    small: Callable[..., GPT2], tmp_path: Path, n_positions: int
+) -> None:
+    for block in (Block, Rotary):
+        folder = referenced(tmp_path / block.__name__, small(block=block, n_positions=n_positions), block)
+        certificate = parity.certify(GPT2.from_pretrained(folder, dtype=torch.float64, block=block))
+        assert certificate.passed, certificate
+        assert ("loss" in certificate.differences) == (n_positions > 1)
+
+
+def test_numbers_that_are_not_finite_are_no_reference(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    class Overflowing(Parallel):
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            return super().forward(x, cache) * torch.inf
+
+    model = small(block=Overflowing)
+    with pytest.raises(ValueError, match="not finite"):
+        referenced(tmp_path, model, Overflowing)
+    assert not (tmp_path / parity.REFERENCE).exists()
+
+
+def test_the_fingerprint_sees_the_block(small: Callable[..., GPT2]) -> None:
+    plain, parallel = small(), small(block=Parallel)
+    assert parity.digest(plain) == parity.digest(parallel)
+    assert parity.fingerprint(plain) != parity.fingerprint(parallel)
+    assert not parity.certify(parallel).holds_for(plain)
+
+
+def test_without_its_checkpoint_a_block_is_not_certified(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    folder = referenced(tmp_path / "saved", small(block=RMSNorm), RMSNorm)
+    model = GPT2.from_pretrained(folder, block=RMSNorm)
+    shutil.rmtree(folder)
+    assert parity.certify(model).verdict == "not certified"
+    with pytest.raises(CheckpointError):
+        parity.save_reference(tmp_path, parity.reference_ids(model.config), RMSNorm)
