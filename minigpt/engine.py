@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -64,6 +64,8 @@ class Job:
     """Whether the norm of what every block adds is kept."""
     neutral: Mapping[str, Tensor] = field(default_factory=dict)
     """The neutral value of every parameter that a run names."""
+    tried: list[Set[str]] = field(default_factory=list)
+    """The sets of a block's parameters for which it was seen to broadcast; see `Pass._check_rows`."""
 
     @classmethod
     def checked(
@@ -239,7 +241,27 @@ class Pass:
             for text in range(len(x)):
                 own = {name: value[:, min(text, value.shape[1] - 1)] for name, value in values.items()}
                 with memory.recalled(text) if memory else nullcontext(), assigned(block, own):
-                    joining[start : start + at_once, text] = block(x[text : text + 1])
+                    out = block(x[text : text + 1])
+                    if text == start == 0 and len(new) > 1:
+                        self._check_rows(block, own, x[:1], out)
+                joining[start : start + at_once, text] = out
+
+    def _check_rows(self, block: Block, values: Mapping[str, Tensor], x: Tensor, out: Tensor) -> None:
+        """Raise ValueError unless a block makes of one row, given many values, what it makes of a row given one.
+
+        Once for every set of parameters: a block of one's own may count on as many rows as it was given.
+        """
+        if values.keys() in self.job.tried:
+            return
+        self.job.tried.append(values.keys())
+        with assigned(block, {name: value[-1:] for name, value in values.items()}):
+            expected = block(x)
+        apart = squared_norms((out - expected)[-1:]).sum() if out.shape[1:] == x.shape[1:] else torch.inf
+        if not apart <= torch.finfo(x.dtype).eps * squared_norms(expected).sum():
+            raise ValueError(
+                f"{type(block).__name__} makes other numbers of one row with {len(out)} values of "
+                f"{', '.join(values)} than with one; take sizes from the tensor that is reshaped, not from x."
+            )
 
     def _slabs(self, streams: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The rows in slabs that go through a block together, each with the number of its first row."""

@@ -214,3 +214,19 @@ def test_a_sublayer_by_another_name_leaves_only_the_blocks_own_write(small: Call
         assert found.measure(measure_named(name), "rest")[0, 0, 3:-1].isfinite().all()
     assert found.measure("mlp_written", "rest")[0, 0, 3:].isnan().all()
     assert found.measure("mlp_alignment", "rest")[0, 0, 3:].isnan().all()
+
+
+def test_a_block_that_counts_on_its_inputs_rows_is_refused_and_not_computed_wrongly() -> None:
+    class Counting(Block):
+        """Reshapes what may have more rows than x by the number of rows of x."""
+
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            batch, length, _ = x.shape
+            u = x + self.attention_scale * self.attention(self.attention_norm(x))
+            folded = u.reshape(batch, length, -1)[..., : x.shape[2]]
+            return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(folded)))
+
+    model = draw(GPT2Config(**SMALL), block=Counting)
+    assert sweep(model, TEXTS, (1,), FACTORS, "mlp").frobenius().isfinite().all()
+    with pytest.raises(ValueError, match="Counting makes other numbers of one row with 2 values of attention_scale"):
+        sweep(model, TEXTS, (1,), FACTORS, "attention")

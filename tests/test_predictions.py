@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from minigpt import GPT2, predictions, scaled, sweep
 from minigpt.predictions import Predictions, fit_temperature, predict
-from minigpt.sweep import Gathered
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -64,15 +63,6 @@ def test_factor_1_is_the_clean_run(model: GPT2, ids: torch.Tensor) -> None:
         assert torch.equal(tensor[0, 1], statistics.clean_predictions.tensors()[name])
     assert not statistics.predictions.kl[0, 1].any()
     assert statistics.predictions.kl[0, 0].min() > 0
-
-
-def test_a_pass_predicts_one_row_for_the_clean_run_and_one_for_every_cell(model: GPT2, ids: torch.Tensor) -> None:
-    found = sweep(model, ids, (1,), (0.5, 2.0, 3.0), predictions=True).statistics.predictions
-    assert found is not None
-    three_rows = found.map(lambda tensor: tensor[0])
-    for cells in ([(0, 0)], [(0, 0), (0, 1), (0, 2)]):
-        with pytest.raises(ValueError, match="zip"):
-            Gathered((1, 3), (2, 10)).add(three_rows, cells, slice(0, 2))
 
 
 @pytest.mark.parametrize("chunk", [1, 97, 500])
