@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,12 +35,13 @@ logger = logging.getLogger("minigpt")
 CPU_SLAB, GPU_SLAB = 1024, 65536
 """Tokens that go through a block together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
 MALLOC_KEEPS = 2**25 - 2**16
-"""Bytes. The C library gives freed memory back, and every page of it costs again when it is next used. Once it has freed
+"""Bytes. The C library gives freed memory back, and every page of it costs again when it is next used. Having freed
 a piece of almost 32 MiB it keeps twice as much (mallopt(3), M_MMAP_THRESHOLD: the threshold adjusts itself)."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What a computation may take where nothing else is asked for."""
 Progress = Callable[[Iterable["Place"], int], Iterable["Place"]]
 """Wraps the places of all passes as they come; the number says how many there will be."""
+Norm = Callable[[Tensor], Tensor]
 Predict = Callable[[GPT2, Tensor, Tensor, Tensor], Predictions]
 """Streams at the last depth, their ids and lengths -> what is kept of the predictions: [row, batch, position]."""
 
@@ -169,17 +170,23 @@ class Pass:
     @torch.no_grad()  # which stops backward derivatives only
     def places(self) -> Iterator[Place]:
         """Run, and yield the numbers of every place, from depth 0 to `final`."""
-        model, slabs, gone = self.job.model, [self.job.model.embed(self.ids)[None]], 0
-        yield self._place(0, slabs, 0)
+        model, predict, gone = self.job.model, self.job.predict, 0
+        streams = torch.zeros(1 + len(self.runs), *self.ids.shape, model.config.n_embd, dtype=model.dtype).to(
+            model.device
+        )
+        if self.job.tangents:
+            streams = forward_ad.make_dual(streams, torch.zeros_like(streams))
+        streams[0] = model.embed(self.ids)
+        yield self._place(0, streams[:1])
         for layer, block in enumerate(model.blocks):
-            old, new = self.runs[:gone], [run for run in self.runs if _leaves_at(self.job.runs[run]) == layer]
-            slabs, found = self._through(layer, block, slabs, old, new)
+            new = [run for run in self.runs if _leaves_at(self.job.runs[run]) == layer]
+            found: dict[str, Any] = self._through(
+                layer, block, streams[: 1 + gone], streams[1 + gone : 1 + gone + len(new)], new
+            )
             gone += len(new)
-            yield self._place(layer + 1, slabs, gone, **found)
-        predict, final = self.job.predict, len(model.blocks) + 1
-        predictions = predict(model, torch.cat(slabs), self.ids, self.lengths) if predict else None
-        normed = [model.final_norm(slab.flatten(0, 1)).view_as(slab) for slab in slabs]
-        yield self._place(final, normed, gone, predictions=predictions)
+            yield self._place(layer + 1, streams[: 1 + gone], None, **found)
+        predictions = predict(model, streams, self.ids, self.lengths) if predict else None
+        yield self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
 
     def halves(self) -> list["Pass"]:
         """The same runs on the same texts in two passes. Raises ValueError when there is one of each."""
@@ -195,46 +202,48 @@ class Pass:
         ]
 
     def _through(
-        self, layer: int, block: Block, slabs: Sequence[Tensor], old: Sequence[int], new: Sequence[int]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The slabs after a block, the new runs at their end; and what the block wrote and added, as `Place` has it."""
-        memory = None if self.job.tangents else CleanLeaves(block, len(self.ids))
-        after, written, steps, clean = list[Tensor](), list[Tensor](), list[Tensor](), None
-        for slab, runs in zip(slabs, _dealt([None, *old], slabs), strict=True):
-            values = self._values(layer, runs)
-            with _observed(block) as writes, memory.recorded() if memory and new and clean is None else nullcontext():
+        self, layer: int, block: Block, streams: Tensor, joining: Tensor, new: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Bring the streams through a block, in place, and let new runs leave the clean one in it.
+
+        Returns what the block wrote and added, as `Place` has it.
+        """
+        memory = CleanLeaves(block, len(self.ids)) if new and not self.job.tangents else None
+        runs: list[int | None] = [None, *self.runs[: len(streams) - 1]]
+        written, steps, clean = list[Tensor](), list[Tensor](), None
+        for start, slab in self._slabs(streams):
+            values = self._values(layer, runs[start : start + len(slab)])
+            with _observed(block) as writes, memory.recorded() if memory and clean is None else nullcontext():
                 out = _call(block, slab, values)
             parts = {part: _write(found, values.get(f"{part}_scale"), slab) for part, found in writes.items()}
-            clean = clean or Clean(slab[0], out[0], {part: write[0] for part, write in parts.items()})
+            clean = clean or Clean.of(slab, out, parts)
             written.append(self._written(clean, slab, out, parts))
             steps += [squared_norms(out - slab)] if self.job.steps else []
-            after.append(out)
+            slab.copy_(out)
         if new and clean:
-            left = self._left(layer, block, clean.before, new, memory)
-            steps += [squared_norms(left - clean.before)] if self.job.steps else []
-            after += torch.cat([after.pop(), left]).split(self._rows)
+            self._leave(layer, block, clean.before, joining, new, memory)
+            steps += [squared_norms(joining - clean.before)] if self.job.steps else []
         found = {"written": torch.cat(written, 2)[:, :, 1:].double().cpu()}
-        return after, {**found, "steps_sq": torch.cat(steps).cpu()} if steps else found
+        return {**found, "steps_sq": torch.cat(steps).cpu()} if steps else found
 
-    def _left(self, layer: int, block: Block, x: Tensor, new: Sequence[int], memory: "CleanLeaves | None") -> Tensor:
-        """The streams of runs that leave the clean one at this block, of the clean stream x before it.
+    def _leave(
+        self, layer: int, block: Block, x: Tensor, joining: Tensor, new: Sequence[int], memory: "CleanLeaves | None"
+    ) -> None:
+        """Fill the streams of runs that leave the clean one at this block, of the clean stream x before it.
 
         Text by text: a row [1, position, n_embd] and values [run, 1, 1] broadcast to [run, position, n_embd].
         """
-        values = self._values(layer, new)
-        texts = list[Tensor]()
-        for text in range(len(x)):
-            parts = list[Tensor]()
-            for start in range(0, len(new), at_once := max(1, _slab_tokens(x.device) // x.shape[1])):
-                some = {
-                    name: value[start : start + at_once, min(text, value.shape[1] - 1)]
-                    for name, value in values.items()
-                }
-                with memory.recalled(text) if memory else nullcontext(), assigned(block, some):
-                    out = block(x[text : text + 1])
-                parts.append(out.expand(len(new[start : start + at_once]), -1, -1))
-            texts.append(torch.cat(parts))
-        return torch.stack(texts, 1)
+        at_once = max(1, _slab_tokens(x.device) // x.shape[1])
+        for start in range(0, len(new), at_once):
+            values = self._values(layer, new[start : start + at_once])
+            for text in range(len(x)):
+                own = {name: value[:, min(text, value.shape[1] - 1)] for name, value in values.items()}
+                with memory.recalled(text) if memory else nullcontext(), assigned(block, own):
+                    joining[start : start + at_once, text] = block(x[text : text + 1])
+
+    def _slabs(self, streams: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The rows in slabs that go through a block together, each with the number of its first row."""
+        return ((start, streams[start : start + self._rows]) for start in range(0, len(streams), self._rows))
 
     @property
     def _rows(self) -> int:
@@ -282,11 +291,17 @@ class Pass:
                 inner.copy_(torch.linalg.vecdot(carried, write))
         return numbers
 
-    def _place(self, index: int, slabs: Sequence[Tensor], gone: int, **found: Any) -> Place:
-        """The numbers of a place, of streams that were normed where it is `final`."""
-        clean = _primal(slabs[0][0]).double()
-        numbers = torch.cat([self._numbers(slab, clean) for slab in slabs], 1).cpu()
-        return Place(self.texts, index, self.runs[:gone], numbers[:, 1:], numbers[1, 0], **found)
+    def _place(
+        self, index: int, streams: Tensor, norm: Callable[[Tensor], Tensor] | None = None, **found: Any
+    ) -> Place:
+        """The numbers of a place, of streams that are normed first where it is `final`."""
+        numbers, clean = list[Tensor](), torch.empty(0)
+        for start, slab in self._slabs(streams):
+            read = norm(slab.flatten(0, 1)).view_as(slab) if norm else slab
+            clean = clean if start else _primal(read[0]).double()
+            numbers.append(self._numbers(read, clean))
+        whole = torch.cat(numbers, 1).cpu()
+        return Place(self.texts, index, self.runs[: len(streams) - 1], whole[:, 1:], whole[1, 0], **found)
 
     def _numbers(self, slab: Tensor, clean: Tensor) -> Tensor:
         """What `Place.numbers` says, of every row; to first order in the tangents, where those stand for runs."""
@@ -321,6 +336,11 @@ class Clean:
     after: Tensor
     writes: Mapping[str, Tensor]
     """What the sublayers wrote."""
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, writes: Mapping[str, Tensor]) -> "Clean":
+        """Of the slab that it stands first in."""
+        return cls(before[0].clone(), after[0].clone(), {part: write[0].clone() for part, write in writes.items()})
 
 
 class CleanLeaves:
@@ -406,14 +426,6 @@ def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         return block(slab.flatten(0, 1)).view_as(slab)
 
 
-def _dealt(runs: Sequence[int | None], slabs: Sequence[Tensor]) -> Iterator[Sequence[int | None]]:
-    """The runs of every slab."""
-    start = 0
-    for slab in slabs:
-        yield runs[start : start + len(slab)]
-        start += len(slab)
-
-
 def _leaves_at(run: Mapping[str, Tensor]) -> int:
     """The first block that a run names."""
     return min(map(block_of, run))
@@ -449,7 +461,8 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
     Raises ValueError when `max_bytes` is too little for one run, and StreamOverflowError.
     """
     passes = plan(job, max_bytes)
-    torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
+    with suppress(MemoryError, RuntimeError):  # where so much is not to be had, it is not worth having
+        torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
     places = run_passes(passes)
     gathered = Gathered(job, cells)
     for place in progress(places, len(passes) * job.count) if progress else places:
@@ -619,18 +632,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def estimate_bytes(job: Job, texts: int, positions: int, rows: int) -> int:
     """What a pass of so many rows takes at its peak, the model itself left out.
 
-    The streams of all rows; of one slab what the block's linear maps make, and the float64 differences; the numbers per
-    position; and what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not always serve the
-    next, so both count. With tangents there are two of every number.
+    The streams of all rows; of one slab, and of the clean row, what the block's linear maps make, and the differences;
+    the numbers per position; and what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not
+    always serve the next, so both count. With tangents there are two of every number.
     """
     model, tokens = job.model, texts * positions
     width, streams = model.config.n_embd, 1 + job.tangents
     linear = [(of.in_features, of.out_features) for of in model.blocks[0].modules() if isinstance(of, nn.Linear)]
     slab = min(rows, max(1, _slab_tokens(model.device) // tokens)) * tokens
-    activations = slab * (2 * sum(out for _, out in linear) + 6 * width)
-    kept = rows * tokens * width * (2 if job.predict else 1)  # predictions read all rows at once
+    activations = slab * (2 * sum(out for _, out in linear) + 12 * width)
+    activations += tokens * (sum(given + out for given, out in linear) + 8 * width)  # what is kept of the clean row
+    kept = rows * tokens * width
     rearranged = max((given * out for given, out in linear), default=0)
-    in_float64 = 8 * slab * width + 2 * rows * tokens * (4 + 2 * len(WRITERS))
+    in_float64 = 2 * slab * width + 2 * rows * tokens * (4 + 2 * len(WRITERS))
     in_float64 += prediction_numbers(rows, tokens, model.config.vocab_size) if job.predict else 0
     return ((kept + activations) * streams + rearranged) * model.dtype.itemsize + in_float64 * 8
 

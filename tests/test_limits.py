@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from minigpt import GPT2, Sweep, scaled, sweep
+from minigpt.engine import StreamOverflowError
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.model import SITES, Site
+from minigpt.model import SITES
 from minigpt.selfcheck import self_check
-from minigpt.sweep import StreamOverflowError
 from tests.conftest import ROOT, TINY
 
 SIZES = (1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3, 1e6)
@@ -58,13 +58,13 @@ def assert_finite(result: Sweep) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("site", SITES)
 def test_factors_from_a_millionth_to_a_million_of_either_sign_and_zero_give_finite_numbers(
-    small: Callable[..., GPT2], ids: Tensor, site: Site, dtype: torch.dtype
+    small: Callable[..., GPT2], ids: Tensor, site: str, dtype: torch.dtype
 ) -> None:
     assert_finite(sweep(small(dtype=dtype), ids, (0, 2, 3), FACTORS, site, predictions=True))
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_oracles_hold_under_extreme_factors(model: GPT2, ids: Tensor, site: Site) -> None:
+def test_the_oracles_hold_under_extreme_factors(model: GPT2, ids: Tensor, site: str) -> None:
     assert self_check(model, sweep(model, ids, (0, 3), FACTORS, site)).broken == []
 
 
@@ -174,7 +174,7 @@ def test_a_study_that_overflows_is_a_sentence_and_leaves_nothing(tmp_path: Path)
     """1e30 itself is a float32; the next norm's square is not."""
     code, out, err = study(tmp_path / "out", "0.5,1e30")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "The stream is no longer finite at depth 4 under factor 1e+30; take a smaller factor, or float64." in err
+    assert "The stream is no longer finite at depth 4 under factor 1e+30; take a smaller one, or float64." in err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,7 @@
 """The measures: identities that hold whatever the streams are."""
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from minigpt.measures import (
     MEASURES,
     OF_PREDICTIONS,
     POSITION_SETS,
-    WRITTEN,
+    WRITERS,
     Measure,
     PositionSet,
     Statistics,
     inner_products,
     squared_norms,
 )
-from minigpt.model import SITES, Site
+from minigpt.model import SITES
 
 EVERY = torch.arange(6)
 
@@ -29,13 +29,13 @@ def statistics_of(clean: torch.Tensor, changed: torch.Tensor, layer: int = 0) ->
     """Statistics of one scaled run: streams are [place, batch, position, n_embd]."""
     cell = (None, None)
     return Statistics(
-        layers=(layer,),
+        sites=torch.tensor([[layer + 1]]),
         difference_sq=squared_norms(changed - clean)[cell],
         run_sq=squared_norms(changed)[cell],
         inner=inner_products(changed, clean)[cell],
         clean_sq=squared_norms(clean),
         lengths=torch.full((clean.shape[1],), clean.shape[2]),
-        written=torch.zeros(len(WRITTEN), 1, 1, *clean.shape[:3], dtype=torch.float64),
+        written=torch.zeros(len(WRITERS), 2, 1, 1, *clean.shape[:3], dtype=torch.float64),
     )
 
 
@@ -129,25 +129,30 @@ def test_a_stream_of_zeros_has_no_direction(of_clean: float, of_changed: float) 
     torch.testing.assert_close(statistics.gauge_free(EVERY), torch.ones(1, 1, 5, 1, dtype=torch.float64))
 
 
+ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""What a block wrote is the difference of two streams in the model's own type, some ten times as long as it."""
+
+
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("positions", POSITION_SETS)
 def test_carried_and_written_add_up(
-    small: Callable[..., GPT2], ids: torch.Tensor, site: Site, dtype: torch.dtype, positions: PositionSet
+    small: Callable[..., GPT2], ids: torch.Tensor, site: str, dtype: torch.dtype, positions: PositionSet
 ) -> None:
     """norm(D + w)^2 = norm(D)^2 + 2 D.w + norm(w)^2 at every block after the site; the two parts' D.w add up."""
     layers, factors = (1, 0), (0.5, 1.5, -2.0)
-    statistics = sweep(small(dtype=dtype), ids, layers, factors, site).statistics
-    value = {name: statistics.measure(name, positions) for name in MEASURES if name not in OF_PREDICTIONS}
+    result = sweep(small(dtype=dtype), ids, layers, factors, site)
+    value = {name: result.measure(name, positions) for name in MEASURES if name not in OF_PREDICTIONS}
     carried, after = value["frobenius"][:, :, :-2], value["frobenius"][:, :, 1:-1]
-    for entry, layer in enumerate(statistics.layers):
+    near = ADD_UP[dtype]
+    for entry, layer in enumerate(result.layers):
         blocks = slice(layer + 1, None)
         norm, cosine = value["written"][entry, :, 1:-1][:, blocks], value["alignment"][entry, :, 1:-1][:, blocks]
         before = carried[entry, :, blocks]
         total = before**2 + 2 * cosine * before * norm + norm**2
-        torch.testing.assert_close(total, after[entry, :, blocks] ** 2, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(total, after[entry, :, blocks] ** 2, rtol=near, atol=near)
         parts = sum(value[f"{part}_alignment"] * value[f"{part}_written"] for part in ("attention", "mlp"))
-        torch.testing.assert_close(parts[entry, :, 1:-1][:, blocks], cosine * norm, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parts[entry, :, 1:-1][:, blocks], cosine * norm, rtol=near, atol=near)
         assert not value["written"][entry, :, : layer + 2].any()
         assert (norm > 0).all()
     for name in ("written", "alignment"):
@@ -157,12 +162,19 @@ def test_carried_and_written_add_up(
 
 def of_writes(carried: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor) -> Statistics:
     """Statistics of one text, [position, n_embd], whose block 1 carries a difference and writes so much otherwise."""
-    pairs = ((attention, attention), (mlp, mlp), (attention, mlp), (carried, attention), (carried, mlp))
     norms = squared_norms(carried).expand(1, 1, 4, 1, -1)
-    written = torch.stack([inner_products(x, y) for x, y in pairs])[:, None, None, None, None].expand(
-        -1, 1, 1, 4, 1, -1
+    writes = torch.stack([attention + mlp, attention, mlp])
+    written = torch.stack([squared_norms(writes), inner_products(carried, writes)], 1)[:, :, None, None, None, None]
+    lengths = torch.tensor([len(carried)])
+    return Statistics(
+        torch.ones(1, 1, dtype=torch.int64),
+        norms,
+        norms,
+        norms,
+        norms[0, 0],
+        lengths,
+        written.expand(-1, -1, 1, 1, 4, 1, -1),
     )
-    return Statistics((0,), norms, norms, norms, norms[0, 0], torch.tensor([len(carried)]), written)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -177,23 +189,6 @@ def test_no_cosine_leaves_its_range_by_a_rounding(sign: int) -> None:
     cosines += [writes.alignment(torch.tensor([position]))[0, 0, 2, 0] for position in range(300)]
     assert torch.stack(cosines).abs().max() == 1
     assert torch.stack(cosines).mul(sign).min() > 1 - 1e-12
-
-
-def test_sublayers_that_undo_each_other_write_nothing() -> None:
-    a = torch.randn(300, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    statistics = of_writes(a, a, -a * (1 + 1e-12))
-    norms = torch.stack([statistics.written_norm(torch.tensor([position]))[0, 0, 2, 0] for position in range(300)])
-    assert norms.max() < 1e-6, "the root of a sum of squares that cancel"
-
-
-def test_writes_that_were_kept_otherwise_are_not_read_as_these() -> None:
-    x = torch.ones(6, 12, dtype=torch.float64)
-    statistics = of_writes(x, x, x)
-    assert statistics.written is not None
-    with pytest.raises(ValueError, match="zip"):
-        replace(statistics, written=statistics.written[:4]).written_norm(EVERY)
-    with pytest.raises(ValueError, match="not kept"):
-        replace(statistics, written=None).written_norm(EVERY)
 
 
 def test_what_was_measured_is_not_exchanged_by_accident(model: GPT2, ids: torch.Tensor) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from minigpt import GPT2, GPT2Config, scaled
-from minigpt.model import SITES, check_site, not_neutral, scale_name, scale_names
+from minigpt.model import SITES
+from minigpt.parameters import natives, not_neutral, parameter_name, sites_of
 from tests.conftest import SMALL, TINY, draw
 
 EPSILON_DEPARTURE = 1e-5
@@ -44,7 +45,7 @@ def test_at_the_site_the_output_is_multiplied_exactly(seed: int, layer: int, fac
 
 def test_unit_scales_are_bit_identical(model: GPT2, ids: Tensor) -> None:
     clean = model.residuals(ids)
-    with scaled(model, dict.fromkeys(scale_names(model.config), 1.0)):
+    with scaled(model, dict.fromkeys(natives(model), 1.0)):
         assert torch.equal(model.residuals(ids), clean)
 
 
@@ -138,20 +139,25 @@ def test_scales_are_restored_also_after_an_error_and_when_nested(model: GPT2, id
 def test_an_unknown_name_lists_the_nearest(model: GPT2) -> None:
     with pytest.raises(ValueError, match=r"blocks\.2\.output_scale"), scaled(model, {"blocks.2.ouput_scale": 0.5}):
         pass
-    with pytest.raises(ValueError, match="no scale"), scaled(model, {"blocks.4.output_scale": 0.5}):
+    with pytest.raises(ValueError, match="no parameter"), scaled(model, {"blocks.4.output_scale": 0.5}):
         pass
 
 
 def test_as_many_near_names_are_listed_as_a_block_has_scales(model: GPT2) -> None:
-    with pytest.raises(ValueError, match="no scale") as refused, scaled(model, {"blocks.7.output_scale": 0.5}):
+    with pytest.raises(ValueError, match="no parameter") as refused, scaled(model, {"blocks.7.output_scale": 0.5}):
         pass
-    assert sum(name in str(refused.value) for name in scale_names(model.config)) == 4
+    assert sum(name in str(refused.value) for name in natives(model)) == 4
 
 
-def test_a_site_is_known_by_its_letters_as_one_read_from_a_file_is() -> None:
-    read = json.loads('["output", "attention", "mlp", "head"]')
-    assert tuple(map(check_site, read)) == SITES
-    assert [scale_name(2, site) for site in read] == scale_names(GPT2Config(**SMALL))[8:12]
+def test_every_name_follows_from_the_declarations(model: GPT2) -> None:
+    names = [parameter_name(model, layer, site) for layer in range(4) for site in SITES]
+    assert list(natives(model)) == names
+    assert sites_of(model) == SITES == ("output", "attention", "mlp", "head")
+    assert names[11] == "blocks.2.attention.head_scale"
+    read = json.loads('"head"')  # other letters in memory, the same site
+    assert parameter_name(model, 2, read) == names[11]
+    with pytest.raises(ValueError, match="site is 'neuron'; expected one of output, attention, mlp, head"):
+        parameter_name(model, 0, "neuron")
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2), (1, 1, 1, 1), (2, 10, 7)])
@@ -173,7 +179,7 @@ def test_not_neutral_finds_them_all(model: GPT2) -> None:
         assert set(not_neutral(model)) == set(changed)
 
 
-@pytest.mark.parametrize("name", scale_names(GPT2Config(**SMALL)))
+@pytest.mark.parametrize("name", natives(GPT2(GPT2Config(**SMALL))))
 def test_the_gradient_of_a_scale_agrees_with_central_differences(model: GPT2, ids: Tensor, name: str) -> None:
     scale = torch.ones_like(model.get_parameter(name)).requires_grad_()
     with scaled(model, {name: scale}):

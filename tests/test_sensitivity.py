@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minigpt import GPT2, scaled, sensitivity, sweep
 from minigpt.measures import POSITION_SETS, Measure
-from minigpt.model import SITES, Site
+from minigpt.model import SITES
 from minigpt.sensitivity import SENSITIVITIES
 
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]]
@@ -33,7 +33,7 @@ def central(name: Measure, up: Tensor, down: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", SENSITIVITIES)
 @pytest.mark.parametrize("site", SITES)
-def test_derivatives_agree_with_central_differences(model: GPT2, site: Site, name: Measure) -> None:
+def test_derivatives_agree_with_central_differences(model: GPT2, site: str, name: Measure) -> None:
     found = sensitivity(model, TEXTS, [site])
     factors = (math.exp(STEP), math.exp(-STEP))
     statistics = sweep(model, TEXTS, None, factors, site, predictions=True).statistics
@@ -78,7 +78,7 @@ def test_what_has_no_derivative_is_refused(model: GPT2, name: Measure) -> None:
 
 
 @pytest.mark.parametrize("sites", [[], ["mlp", "mlp"]])
-def test_sites_that_leave_nothing_to_do_are_refused(model: GPT2, sites: list[Site]) -> None:
+def test_sites_that_leave_nothing_to_do_are_refused(model: GPT2, sites: list[str]) -> None:
     with pytest.raises(ValueError, match="expected different ones"):
         sensitivity(model, TEXTS, sites)
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt import GPT2, Sweep, scaled, sweep
-from minigpt.engine import Grid, Pass, Place, estimate_bytes, free_bytes, plan
+from minigpt.engine import Job, Pass, Place, StreamOverflowError, estimate_bytes, free_bytes, plan
+from minigpt.linear import Linear
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.model import SITES, Site, scale_name
+from minigpt.model import SITES
+from minigpt.parameters import parameter_name
 from minigpt.selfcheck import rounding_errors, self_check
-from minigpt.sweep import DEFAULT_FACTORS, StreamOverflowError, padded
+from minigpt.sweep import DEFAULT_FACTORS
 from tests.conftest import ROOT, SMALL
 
 FACTORS = (0.5, 1.0, 1.5, -2.0)
@@ -38,13 +40,13 @@ def alone(model: GPT2, ids: Tensor, name: str, value: float | Tensor) -> tuple[T
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, site: Site) -> None:
+def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, site: str) -> None:
     result = sweep(model, ids, (3, 1), FACTORS, site)
     heads = result.heads or [None] * len(result.layers)
     for i, (layer, head) in enumerate(zip(result.layers, heads, strict=True)):
         for j, factor in enumerate(FACTORS):
             value = factor if head is None else torch.ones(3).index_fill(0, torch.tensor(head), factor)
-            clean, changed = alone(model, ids, scale_name(layer, site), value)
+            clean, changed = alone(model, ids, parameter_name(model, layer, site), value)
             statistics = result.statistics
             torch.testing.assert_close(statistics.difference_sq[i, j], (changed - clean).square().sum(-1), **SAME)
             torch.testing.assert_close(statistics.run_sq[i, j], changed.square().sum(-1), **SAME)
@@ -55,13 +57,13 @@ def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, sit
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", [(4,), (0, 3, 9)])
 def test_positions_that_alone_are_scaled_are_a_column_of_the_scale(
-    model: GPT2, ids: Tensor, site: Site, positions: tuple[int, ...]
+    model: GPT2, ids: Tensor, site: str, positions: tuple[int, ...]
 ) -> None:
     result = sweep(model, ids, (1,), FACTORS, site, heads=(2,) if site == "head" else None, positions=positions)
     scale = torch.ones(1, 10, 3 if site == "head" else 1, dtype=torch.float64)
     for j, factor in enumerate(FACTORS):
         scale[:, positions, -1] = factor
-        clean, changed = alone(model, ids, scale_name(1, site), scale)
+        clean, changed = alone(model, ids, parameter_name(model, 1, site), scale)
         torch.testing.assert_close(result.statistics.difference_sq[0, j], (changed - clean).square().sum(-1), **SAME)
     assert not broken(model, result)
     # fact 5: what comes before the first scaled position cannot know of it; the pass's products may round otherwise
@@ -90,7 +92,7 @@ def test_padding_counts_nowhere_whatever_stands_in_it(
 ) -> None:
     texts = [ids[0, :4].tolist(), ids[1].tolist()]
     before = sweep(model, texts, (1,), FACTORS).statistics
-    monkeypatch.setattr(sys.modules["minigpt.sweep"], "pad_sequence", partial(pad_sequence, padding_value=96))
+    monkeypatch.setattr(sys.modules["minigpt.engine"], "pad_sequence", partial(pad_sequence, padding_value=96))
     after = sweep(model, texts, (1,), FACTORS)
     assert after.ids[0, 5] == 96
     assert torch.equal(before.difference_sq, after.statistics.difference_sq)
@@ -105,15 +107,17 @@ def test_a_stream_that_sees_the_padding_would_be_noticed(model: GPT2, ids: Tenso
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_the_result_does_not_depend_on_the_split_into_passes(small: Callable[..., GPT2], site: Site) -> None:
+def test_the_result_does_not_depend_on_the_split_into_passes(small: Callable[..., GPT2], site: str) -> None:
     model, texts = small(dtype=torch.float32), [list(range(length)) for length in (9, 5, 7, 2, 9)]
     whole = sweep(model, texts, (3, 1), FACTORS, site)
-    grid = Grid.checked(model, (3, 1), FACTORS, site, None, None, 9)
-    least = estimate_bytes(model, grid, 1, 9, 2)
+    job = Job.checked(
+        model, texts, [whole.intervention(model, i, j) for i in range(len(whole.layers)) for j in FACTORS]
+    )
+    least = estimate_bytes(job, 1, 9, 2)
     for max_bytes in (least, least + 20_000, 2 * least):
-        parts = plan(model, grid, *padded(texts), max_bytes)
+        parts = plan(job, max_bytes)
         assert len(parts) > 1
-        assert all(estimate_bytes(model, grid, *part.ids.shape, 1 + len(part.cells)) <= max_bytes for part in parts)
+        assert all(estimate_bytes(job, *part.ids.shape, 1 + len(part.runs)) <= max_bytes for part in parts)
         split = sweep(model, texts, (3, 1), FACTORS, site, max_bytes=max_bytes)
         torch.testing.assert_close(split.frobenius(), whole.frobenius(), rtol=1e-5, atol=1e-5)
         assert not broken(model, split)
@@ -122,44 +126,52 @@ def test_the_result_does_not_depend_on_the_split_into_passes(small: Callable[...
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_only_the_blocks_that_remain_are_run(model: GPT2, ids: Tensor, site: Site) -> None:
-    tokens = {"attention": [0] * 4, "mlp": [0] * 4, "unembedding": [0]}
+def test_only_what_remains_of_the_blocks_is_run(
+    model: GPT2, ids: Tensor, site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: dict[Linear, int] = dict.fromkeys((module for module in model.modules() if isinstance(module, Linear)), 0)
+    product = Linear.forward
 
-    def count(into: list[int], layer: int, _module: object, inputs: tuple[Tensor], _output: object) -> None:
-        into[layer] += inputs[0].shape[0]
+    def counted(self: Linear, x: Tensor) -> Tensor:
+        rows[self] += x.shape[0]
+        return product(self, x)
 
-    for layer, block in enumerate(model.blocks):
-        block.attention.qkv.register_forward_hook(partial(count, tokens["attention"], layer))
-        block.mlp.register_forward_hook(partial(count, tokens["mlp"], layer))
-    model.unembed.register_forward_hook(partial(count, tokens["unembedding"], 0))
+    monkeypatch.setattr(Linear, "forward", counted)
     sweep(model, ids, (1, 2), FACTORS, site, heads=(0,) if site == "head" else None)
-    rows = torch.tensor([1, 1, 4, 7])  # the clean run, and three factors of each layer behind it: factor 1 is not run
-    joins_before_the_mlp = torch.tensor([0, 3, 3, 0]) * (site in ("attention", "head"))
-    assert tokens["attention"] == (2 * rows).tolist()
-    assert tokens["mlp"] == (2 * (rows + joins_before_the_mlp)).tolist()
-    assert tokens["unembedding"] == [0]
+    whole = torch.tensor([1, 1, 4, 7])  # the clean run, and three factors of each layer behind it: factor 1 is not run
+    leaving = torch.tensor([0, 3, 3, 0])
+    maps = [[block.attention.qkv, block.attention.projection, block.mlp.expand] for block in model.blocks]
+    qkv, projection, expand = torch.tensor([[rows[of] for of in block] for block in maps]).T
+    assert qkv.tolist() == (2 * whole).tolist()
+    assert projection.tolist() == (2 * (whole + leaving * (site == "head"))).tolist()
+    assert expand.tolist() == (2 * (whole + leaving * (site in ("attention", "head")))).tolist()
+    assert rows[model.unembed] == 0
 
 
 MEASURED = """
 import sys, torch
 from minigpt import GPT2, GPT2Config
-from minigpt.engine import Grid, estimate_bytes, plan
+from minigpt.engine import Job, estimate_bytes, plan
+from minigpt.parameters import parameter_name
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
 site, texts, length, predictions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 model = GPT2(GPT2Config(n_embd=384, n_layer=3, n_head=6, n_positions=length, vocab_size=4096))
-grid = Grid.checked(model, None, [0.5 + 0.1 * i for i in range(9)], site, None, None, length, predictions)
-ids, lengths = torch.zeros(texts, length, dtype=torch.long), torch.full((texts,), length)
-for _ in plan(model, grid, ids[:, :8], lengths.clamp(max=8), None)[0].places():
+heads = [torch.ones(6).index_fill(0, torch.tensor(head), 0.0) for head in range(6)]
+values = heads if site == "head" else [0.5 + 0.1 * i for i in range(9)]
+runs = [{parameter_name(model, layer, site): value} for layer in range(3) for value in values]
+ids = torch.zeros(texts, length, dtype=torch.long)
+for _ in plan(Job.checked(model, ids[:, :8], runs, predictions), None)[0].places():
     pass  # what every process loads once
-(part,) = plan(model, grid, ids, lengths, None)
+job = Job.checked(model, ids, runs, predictions)
+(part,) = plan(job, None)
 open("/proc/self/clear_refs", "w").write("5")
 before = kilobytes("VmRSS")
 for _ in part.places():
     pass
-estimate = estimate_bytes(model, grid, texts, length, 1 + len(part.cells))
+estimate = estimate_bytes(job, texts, length, 1 + len(part.runs))
 print((kilobytes("VmHWM") - before) * 1024 / estimate)
 """
 
@@ -214,7 +226,7 @@ def test_the_default_is_every_layer_and_21_factors(model: GPT2, ids: Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("site", SITES)
-def test_self_check_passes(small: Callable[..., GPT2], ids: Tensor, site: Site, dtype: torch.dtype) -> None:
+def test_self_check_passes(small: Callable[..., GPT2], ids: Tensor, site: str, dtype: torch.dtype) -> None:
     model = small(dtype=dtype)
     tried = self_check(model, sweep(model, ids, (1, 3), FACTORS, site))
     assert not tried.broken, tried
@@ -269,7 +281,7 @@ def test_self_check_notices_a_wrong_cell_of_any_entry(model: GPT2, ids: Tensor, 
 
 
 @pytest.mark.parametrize("site", ["output", "head"])
-def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[..., GPT2], site: Site) -> None:
+def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[..., GPT2], site: str) -> None:
     exact, texts = small(dtype=torch.float32), [[1, 2, 3, 4, 5], [6, 7, 8]]
     half = small(dtype=torch.float32).to(torch.bfloat16)
     result = sweep(half, texts, (0, 1, 2), (0.5, 0.95, 1.0, 3.0), site)
@@ -286,13 +298,14 @@ def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[
         alone = sweep(exact, texts, [error.layer], [error.factor], site, heads).frobenius()[0, 0]
         found = result.frobenius()[entry, result.factors.index(error.factor)]
         apart = ((found - alone).abs() / alone)[error.layer + 1 :].max()
-        assert error.error == pytest.approx(float(apart))
+        # a head's product in float32 rounds otherwise with another number of rows beside it
+        assert error.error == pytest.approx(float(apart), rel=1e-5)
         assert error.error > 1e-5
     assert max(error.error for error in rounding_errors(exact, sweep(exact, texts, (0,), (0.5,), "output"))) < 1e-5
 
 
 @pytest.mark.parametrize("site", ["output", "head"])
-def test_the_part_of_some_layers_is_what_a_sweep_of_them_gives(model: GPT2, ids: Tensor, site: Site) -> None:
+def test_the_part_of_some_layers_is_what_a_sweep_of_them_gives(model: GPT2, ids: Tensor, site: str) -> None:
     part = sweep(model, ids, (0, 2, 3), FACTORS, site, predictions=True).of_layers(iter((3, 0)))
     by_itself = sweep(model, ids, (3, 0), FACTORS, site, predictions=True)
     assert (part.layers, part.heads, part.factors) == (by_itself.layers, by_itself.heads, by_itself.factors)
@@ -323,7 +336,7 @@ def test_progress_sees_every_place(small: Callable[..., GPT2], ids: Tensor, n_la
 
     def watch(places: Iterable[Place], total: int) -> Iterator[Place]:
         for place in places:
-            seen.append(len(place.cells))
+            seen.append(len(place.runs))
             yield place
         assert total == len(seen)
 
@@ -333,7 +346,7 @@ def test_progress_sees_every_place(small: Callable[..., GPT2], ids: Tensor, n_la
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("n_layer", [1, 2, 3])
-def test_a_model_of_few_blocks_can_be_swept(small: Callable[..., GPT2], ids: Tensor, site: Site, n_layer: int) -> None:
+def test_a_model_of_few_blocks_can_be_swept(small: Callable[..., GPT2], ids: Tensor, site: str, n_layer: int) -> None:
     model = small(n_layer=n_layer)
     result = sweep(model, ids, factors=(0.0, 2.0), site=site)
     assert result.frobenius().shape[2] == n_layer + 1
@@ -395,9 +408,12 @@ def test_a_file_with_an_axis_more_or_less_throughout_is_not_a_sweep(
         Sweep.load(as_file(result, tmp_path / "sweep.safetensors", ids=change(ids), **changed))
 
 
-def test_a_file_of_another_site_is_not_a_sweep(model: GPT2, ids: Tensor, tmp_path: Path) -> None:
-    replace(sweep(model, ids, (0,), (0.5,)), site="neuron").save(tmp_path / "sweep.safetensors")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"not a saved sweep .*neuron"):
+@pytest.mark.parametrize("changed", [{"site": 5}, {"layers": (4,)}, {"layers": (-1,)}])
+def test_a_file_with_a_site_or_layers_that_no_model_has_is_not_a_sweep(
+    model: GPT2, ids: Tensor, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    replace(sweep(model, ids, (0,), (0.5,)), **changed).save(tmp_path / "sweep.safetensors")
+    with pytest.raises(ValueError, match="a site or layers that no model has"):
         Sweep.load(tmp_path / "sweep.safetensors")
 
 
@@ -453,7 +469,7 @@ def test_a_stream_that_overflows_says_where_first_and_under_which_factor(
     small: Callable[..., GPT2], ids: Tensor
 ) -> None:
     model = small(dtype=torch.float32)
-    with pytest.raises(StreamOverflowError, match=r"finite at depth 2 under factor 3e\+38; take a smaller factor"):
+    with pytest.raises(StreamOverflowError, match=r"finite at depth 2 under factor 3e\+38; take a smaller one"):
         sweep(model, ids, (3, 1), (0.5, 3e38))
     model.final_norm.weight.data.fill_(3e38)
     with pytest.raises(StreamOverflowError, match=r"finite at the final norm under factor 0\.5;"):
@@ -490,12 +506,12 @@ torch.testing.assert_close(result.statistics.difference_sq, again.statistics.dif
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory, and to read how much is used")
 def test_a_pass_that_runs_out_of_memory_is_halved_and_says_so() -> None:
-    command = [sys.executable, "-W", "error", "-c", FAR_BEYOND, "60"]
+    command = [sys.executable, "-W", "error", "-c", FAR_BEYOND, "75"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "Out of memory with 120 scaled runs of 2 texts beside the clean run; they are halved" in done.stderr
+    assert "Out of memory with 150 runs of 2 texts beside the clean run; they are halved" in done.stderr
 
 
 @pytest.fixture
@@ -506,7 +522,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Except
         whole, seen = Pass.places, list[int]()
 
         def places(self: Pass) -> Iterator[Place]:
-            seen.append(len(self.cells) * len(self.ids))
+            seen.append(len(self.runs) * len(self.ids))
             for place in whole(self):
                 if place.index == 3 and seen[-1] > most:
                     raise kind(message)
@@ -546,7 +562,7 @@ def test_memory_that_is_too_little_for_one_run_is_a_sentence(
     model: GPT2, ids: Tensor, little_memory: Callable[..., list[int]]
 ) -> None:
     little_memory(0, MemoryError, "")
-    with pytest.raises(ValueError, match="too little for one scaled run of 10 tokens"):
+    with pytest.raises(ValueError, match="too little for one run of 10 tokens"):
         sweep(model, ids, factors=[0.5])
 
 
