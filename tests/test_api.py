@@ -10,7 +10,7 @@ import difflib
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +219,6 @@ def test_a_changed_api_is_seen(old: str, new: str) -> None:
 def test_what_is_not_the_api_may_change(old: str, new: str) -> None:
     assert old in SAMPLE
     assert sample_lines(SAMPLE) == sample_lines(SAMPLE.replace(old, new))
-
-
-@pytest.mark.parametrize("part", [exported_lines, command_lines, file_lines])
-def test_every_part_is_recorded(part: Callable[[], Iterator[str]]) -> None:
-    recorded = {line.strip() for line in RECORD.read_text(encoding="utf-8").splitlines()}
-    lines = [line.strip() for line in part()]
-    assert lines and recorded.issuperset(lines)
 
 
 def test_a_change_is_told_with_its_class() -> None:

@@ -424,6 +424,11 @@ OWN_WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({"transformer.wte.weight": t.pop("token_embedding.weight")}),
         "unexpected",
     ),
+    "a mask of GPT-2's": (lambda t: t.update({"h.0.attn.bias": torch.ones(1)}), r"unexpected: h\.0\.attn\.bias"),
+    "with a prefix": (
+        lambda t: t.update({"transformer.final_norm.weight": t.pop("final_norm.weight")}),
+        r"missing: final_norm\.weight\n  unexpected: transformer\.final_norm\.weight",
+    ),
     "an unembedding of its own": (
         lambda t: t.update({"unembed.weight": t["token_embedding.weight"] + 1}),
         r"unembed\.weight differs from token_embedding\.weight",
