@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from experiments import divergence, runner
 from experiments.corpus import SHARD_WINDOWS, STATISTICS, Shards, batched, summarise
 from experiments.runner import SHORTEST
 from experiments.texts import Texts, read_texts
+
+from experiments import divergence, runner
 from minigpt import GPT2, Tokenizer, sweep
 from tests.conftest import ROOT, TINY
 from tests.test_study import run_main

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from experiments.estimates import Estimate, axis
 
 from experiments import commandline, runner, sensitivity, skip_layer, token_loss
-from experiments.estimates import Estimate, axis
 from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
 from tests.conftest import TINY
 from tests.test_study import run_main

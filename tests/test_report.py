@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from experiments import divergence, runner, sensitivity, skip_layer, token_loss
 from experiments.common import parse_numbers
 from experiments.figures import Control, Figure, Figures, standing_alone, token_labels
+
+from experiments import divergence, runner, sensitivity, skip_layer, token_loss
 from minigpt import GPT2, Tokenizer
 from tests.conftest import CHROMIUM, TINY
 from tests.test_study import run_main

@@ -15,13 +15,13 @@ import huggingface_hub
 import pytest
 import torch
 import typer
+from experiments.corpus import Ranks, Shards
+from experiments.texts import Texts
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from experiments import commandline, divergence, runner
-from experiments.corpus import Ranks, Shards
 from experiments.divergence import Divergence, GridSettings
-from experiments.texts import Texts
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
 from minigpt.files import MODE, open_tensors, printable, shown, write_atomically
 from tests.conftest import ROOT, TINY

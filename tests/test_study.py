@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import typer
-from safetensors.torch import save_file
-
-from experiments import claims, divergence, runner, train
 from experiments.common import parse_indices, parse_numbers, results_in
 from experiments.curves import Curves
 from experiments.estimates import Estimate, Estimates, of_text
 from experiments.verdicts import Decision, Verdict
+from safetensors.torch import save_file
+
+from experiments import claims, divergence, runner, train
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.files import open_tensors
 from minigpt.measures import Statistics, inner_products, squared_norms
