@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from experiments.texts import read_texts
 
+from experiments.harness.corpus import read_texts
 from minigpt import GPT2, CheckpointError, GPT2Config
 from minigpt.checkpoint import INDEX, WEIGHTS
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments.common import parse_numbers
 
 from experiments import divergence
+from experiments.harness.options import parse_numbers
 from minigpt import GPT2, Tokenizer, generate, parity
 
 pytestmark = pytest.mark.official

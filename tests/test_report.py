@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments.common import parse_numbers
-from experiments.figures import Control, Figure, Figures, standing_alone, token_labels
 
-from experiments import divergence, runner, sensitivity, skip_layer, token_loss
+from experiments import sensitivity, skip_layer
+from experiments.divergence import study as divergence
+from experiments.harness import experiment as harness
+from experiments.harness.options import parse_numbers
+from experiments.page.figures import Control, Figure, Figures, standing_alone, token_labels
+from experiments.token_loss import study as token_loss
 from minigpt import GPT2, Tokenizer
 from tests.conftest import CHROMIUM, TINY
 from tests.test_study import run_main
@@ -29,13 +32,13 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-def study_in(folder: Path, prompt: str = runner.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
+def study_in(folder: Path, prompt: str = harness.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
     """The study of a prompt, written to a folder; returns its page."""
     numbers = parse_numbers(factors, "--factors")
     settings = divergence.GridSettings(model=str(TINY), prompt=prompt, layers=(2,), factors=numbers)
     experiment = divergence.Divergence(settings)
-    study = runner.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    runner.write(experiment, study, folder)
+    study = harness.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    harness.write(experiment, study, folder)
     return folder / "report.html"
 
 
@@ -137,7 +140,7 @@ def test_a_prompt_of_control_characters_still_draws(tmp_path: Path) -> None:
 
 
 def test_large_grids_leave_factors_out_and_keep_the_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    divergence_figures = importlib.import_module("experiments.divergence_figures")
+    divergence_figures = importlib.import_module("experiments.divergence.figures")
     monkeypatch.setattr(divergence_figures, "MOST_NUMBERS", 12 * 14 * (3 * 12 + 20) * 5)
     page = study_in(tmp_path)
     factors = [value for value, _ in data_of(page)["controls"][1]["options"]]

@@ -220,7 +220,7 @@ class Shards:
     def write(self, number: int, measured: dict[str, Tensor]) -> None:
         """Write a shard whole, or not at all: every tensor as [window, column]."""
         shapes = {name: list(values.shape[1:]) for name, values in measured.items()}
-        flat = {name: values.flatten(1).contiguous() for name, values in measured.items()}
+        flat = {name: values.reshape(len(values), -1).contiguous() for name, values in measured.items()}
         # one key: safetensors writes several in no fixed order, and equal runs shall write equal files
         metadata = {"shard": json.dumps({"settings": self.fingerprint, "shapes": shapes})}
         write_tensors(self.path(number), flat, metadata)
