@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from experiments.harness.command import command
 from experiments.harness.table import Table, Tables, by_text, of_text
 from experiments.token_loss import study as token_loss
 from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
+from minigpt.model import Block
 from tests.conftest import TINY
 from tests.test_study import run_main
 
 Run = Callable[..., tuple[int, str, str]]
 MODULES = {"token_loss": token_loss, "skip_layer": skip_layer, "sensitivity": sensitivity}
+FORWARD = Block.forward
 PROMPT, TARGET = "The old man opened the door and looked out at the", " sea"
 
 
@@ -338,6 +341,42 @@ def test_an_experiment_of_a_few_lines_has_a_command_line_files_and_a_corpus(
     assert (code, err) == (0, "")
     (row,) = rows_of(tmp_path / "corpus", "least")
     assert float(row["low"]) < float(row["value"]) < float(row["high"])
+
+
+def stretched(self: Block, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    """A block that writes a little more than it would, and nothing where it would write nothing."""
+    return x + 1.01 * (FORWARD(self, x, *cache) - x)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("corpus", [False, True])
+def test_what_other_code_measured_is_refused_and_with_overwrite_measured_again(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: bool, killed: bool
+) -> None:
+    """Of a run that was finished, and of one that was killed before its summary was written."""
+    asked = ("--texts", texts, "--window", "16", "--limit", "20") if corpus else ("--prompt", PROMPT)
+    arguments, folder = ("skip_layer", *asked, "--layers", "2", "--no-parity", "--quiet", "--output"), tmp_path / "out"
+    assert run(*arguments, folder)[0] == 0
+    if killed:
+        for path in folder.glob("s*.*"):
+            path.unlink()
+    before = files_in(folder)
+    monkeypatch.setattr(Block, "forward", stretched)
+    if corpus or not killed:
+        code, out, err = run(*arguments, folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "the code has changed since" in err
+        assert files_in(folder) == before
+    assert run(*arguments, folder, "--overwrite")[0] == 0
+    assert run(*arguments, tmp_path / "fresh")[0] == 0
+    again, fresh = files_in(folder), files_in(tmp_path / "fresh")
+    assert again.keys() == fresh.keys()
+    assert {name for name in fresh if again[name] != fresh[name]} <= {"summary.json"}, "it quotes the command"
+    assert again["skip_layer.csv"] != before.get("skip_layer.csv")
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", MODULES)

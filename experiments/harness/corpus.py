@@ -189,6 +189,11 @@ class Shards:
         """
         described = self.folder / "settings.json"
         other = self._other_settings(described)
+        if other == ["code"] and not overwrite:
+            raise ValueError(
+                f"{self.folder} holds windows of this run, but the code has changed since; choose another --output, or "
+                "add --overwrite to measure again."
+            )
         if other and not overwrite:
             raise ValueError(
                 f"{self.folder} holds windows of a run with other settings ({', '.join(other)}); choose another "

@@ -22,8 +22,8 @@ from torch import nn
 
 import minigpt
 
-EXPERIMENTS = Path(__file__).parents[1]
-PACKAGES = (Path(minigpt.__file__).parent, EXPERIMENTS)
+EXPERIMENTS = Path(__file__).resolve().parents[1]
+PACKAGES = (Path(minigpt.__file__).resolve().parent, EXPERIMENTS)
 LEFT_OUT = tuple(EXPERIMENTS / name for name in ("page", "tour", "tools"))
 NOT_OURS = ("torch", "builtins", "abc", "typing")
 """Packages whose versions a summary names, or that come with Python."""

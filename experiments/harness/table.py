@@ -47,21 +47,28 @@ class Table:
     def at(self, **labels: Any) -> "Table":
         """A part, by the names of axes: one label takes its axis away, a list keeps those labels, in that order.
 
-        Raises ValueError for a label that an axis does not have.
+        Raises ValueError for an axis or a label that is not there.
         """
         part = self
-        for name, wanted in labels.items():
-            part = part._at(name, wanted)
+        for axis, wanted in labels.items():
+            part = part._at(axis, wanted)
         return part
 
-    def _at(self, name: str, wanted: Any) -> "Table":
-        dimension, known = list(self.axes).index(name), list(self.axes[name])
-        chosen = tensor([known.index(label) for label in (wanted if isinstance(wanted, list) else [wanted])])
-        axes = {**self.axes, name: wanted}
+    def _at(self, axis: str, wanted: Any) -> "Table":
+        chosen = wanted if isinstance(wanted, list) else [wanted]
+        index, dimension = tensor([self._index(axis, label) for label in chosen]).long(), list(self.axes).index(axis)
+        part = self._with({**self.axes, axis: chosen}, lambda numbers: numbers.index_select(dimension, index))
         if isinstance(wanted, list):
-            return self._with(axes, lambda numbers: numbers.index_select(dimension, chosen.long()))
-        del axes[name]
-        return self._with(axes, lambda numbers: numbers.select(dimension, int(chosen)))
+            return part
+        axes = {name: labels for name, labels in self.axes.items() if name != axis}
+        return part._with(axes, lambda numbers: numbers.squeeze(dimension))
+
+    def _index(self, axis: str, label: Any) -> int:
+        known = list(self.axes.get(axis, ()))
+        if label not in known:
+            names = ", ".join(map(str, known or self.axes))
+            raise ValueError(f"There is no {axis} {label!r} in this table; it has {names}.")
+        return known.index(label)
 
     def named(self, axis: str, name: str, labels: Sequence[Any]) -> "Table":
         """The same numbers, one axis under another name and with other labels."""
