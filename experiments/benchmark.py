@@ -1,9 +1,5 @@
-"""`python -m experiments.benchmark`: the benchmark, see `experiments.tools.benchmark`."""
+"""`python -m experiments.benchmark`: the benchmark, see `experiments/tools/benchmark.py`."""
 
-import typer
+import runpy
 
-from experiments.tools.benchmark import main
-from minigpt import cli
-
-if __name__ == "__main__":
-    cli.run(lambda: typer.run(main))
+runpy.run_module("experiments.tools.benchmark", run_name="__main__")

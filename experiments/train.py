@@ -1,9 +1,5 @@
-"""`python -m experiments.train`: the training, see `experiments.tools.train`."""
+"""`python -m experiments.train`: the training, see `experiments/tools/train.py`."""
 
-import typer
+import runpy
 
-from experiments.tools.train import main
-from minigpt import cli
-
-if __name__ == "__main__":
-    cli.run(lambda: typer.run(main))
+runpy.run_module("experiments.tools.train", run_name="__main__")

@@ -36,7 +36,6 @@ from experiments.harness.verdicts import (
 )
 from minigpt import Sweep
 from minigpt.measures import Measure
-from minigpt.parameters import Site
 
 DILUTED = (
     "The change grows, but the stream outgrows it, so that in direction, which is all that a block reads, it shrinks: "
@@ -120,7 +119,7 @@ class Case:
     tables: Tables
     """What `measured`, `evidence` and `alone` give, of one text or over windows."""
     scaled: Scaled
-    site: Site
+    site: str
     positions: tuple[int, ...] | None
     upstream: float
     """Largest difference before the site, of a run that shares nothing with the clean one."""
@@ -158,7 +157,7 @@ class Case:
 
 
 def judge(
-    tables: Tables, site: Site, positions: tuple[int, ...] | None, upstream: Sequence[float], basis: str
+    tables: Tables, site: str, positions: tuple[int, ...] | None, upstream: Sequence[float], basis: str
 ) -> list[Verdict]:
     """Every claim's verdict for everything that was scaled: of its text, or over its windows.
 

@@ -10,18 +10,9 @@ from experiments.divergence.rows import Scaled, in_words, layer_of, scaled_in
 from experiments.harness.experiment import Study
 from experiments.harness.table import Row, Table
 from experiments.page import charts
-from experiments.page.figures import (
-    Control,
-    Figure,
-    Figures,
-    dataset,
-    likeliest_cells,
-    place_names,
-    token_labels,
-)
+from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, place_names, token_labels
 from minigpt import Sweep
 from minigpt.measures import POSITION_SETS, UNITS, Measure
-from minigpt.parameters import Site
 
 SHOWN: dict[Measure, str] = {
     "frobenius": "norm of the change (frobenius)",
@@ -49,7 +40,7 @@ CARRIED = "carried"
 """The parts of what a block does, as the charts name them."""
 
 
-def figures(study: Study[Any], site: Site, positions: tuple[int, ...] | None) -> Figures:
+def figures(study: Study[Any], site: str, positions: tuple[int, ...] | None) -> Figures:
     """All the charts: of a prompt over every layer that ran, over a corpus over the studied ones."""
     shown = Shown(study, site, positions)
     data = shown.data()
@@ -57,12 +48,7 @@ def figures(study: Study[Any], site: Site, positions: tuple[int, ...] | None) ->
     factors = [f"{factor:g}" for factor in shown.factors]
     named = {"curves": shown.places, "tokens": shown.places, "output": factors, **of_blocks}
     return Figures(
-        figures=[
-            *shown.charts_of_curves(),
-            *shown.charts_of_blocks(),
-            *shown.charts_of_output(),
-            *shown.charts_of_tokens(),
-        ],
+        figures=[*shown.of_curves(), *shown.of_blocks(), *shown.of_output(), *shown.of_tokens()],
         data=data,
         places={name: places for name, places in named.items() if name in data},
         controls=shown.controls(),
@@ -79,7 +65,7 @@ def _title(name: Measure) -> str:
 class Shown:
     """What a page shows of a study: the rows of its table, and of a prompt also its tokens and predictions."""
 
-    def __init__(self, study: Study[Any], site: Site, positions: tuple[int, ...] | None) -> None:
+    def __init__(self, study: Study[Any], site: str, positions: tuple[int, ...] | None) -> None:
         self.study, self.site = study, site
         self.whole: Sweep | None = None if study.counts else study.raw.whole
         table = study.tables["values"]
@@ -128,7 +114,7 @@ class Shown:
         more = self.whole and len(self.whole.layers) > len(self.study.raw.result.layers)
         return " Every layer was run for this chart; the table has the ones that were asked for." if more else ""
 
-    def charts_of_curves(self) -> list[Figure]:
+    def of_curves(self) -> list[Figure]:
         """The lines, the image factor x place, and the grid layer x place."""
         return [self._lines(), self._image(), *([self._grid()] if len(self.entries) > 1 else [])]
 
@@ -175,7 +161,7 @@ class Shown:
             charts.heat_map("curves", filters, self.places, row, "{measure}", chosen, len(self.entries)),
         )
 
-    def charts_of_blocks(self) -> list[Figure]:
+    def of_blocks(self) -> list[Figure]:
         """What every later block carries and what it writes otherwise."""
         blocks, chosen = self.blocks, self._chosen("layer", "factor", "positions")
         filters = ["datum.entry == layer", "datum.factor == factor", "datum.positions == positions"]
@@ -198,7 +184,7 @@ class Shown:
         )
         return [alignment, written]
 
-    def charts_of_output(self) -> list[Figure]:
+    def of_output(self) -> list[Figure]:
         """How much of a change reaches the predictions, where they were compared."""
         if "kl" not in self.table.axes["metric"]:
             return []
@@ -218,32 +204,21 @@ class Shown:
             shown.append(Figure(metric, title, alt, f"{note}{last}{self._every_layer}", spec))
         return shown
 
-    def charts_of_tokens(self) -> list[Figure]:
+    def of_tokens(self) -> list[Figure]:
         """The change of every token at every place; of a prompt only."""
         if not self.whole:
             return []
-        tokens = token_labels(self.study.tokens)
+        tokens, chosen = token_labels(self.study.tokens), self._chosen("layer", "factor", "first")
         filters = ["datum.entry == layer", "datum.factor == factor", "first || datum.position > 0"]
-        return [
-            Figure(
-                "tokens",
-                "Where in the text",
-                "A heat map of the norm of scaled minus clean: a row for each token of the prompt, a column for "
-                "each place.",
-                "A dot is a space. The first token, which others attend to when they need nothing, can outshine "
-                "the rest: switch it on.",
-                charts.heat_map(
-                    "tokens",
-                    filters,
-                    self.places,
-                    charts.rows_axis("token", "position and token", tokens),
-                    "norm of scaled minus clean, units of the stream",
-                    self._chosen("layer", "factor", "first"),
-                    len(tokens),
-                    "datum.entry == layer",
-                ),
-            )
-        ]
+        row, title = charts.rows_axis("token", "position and token", tokens), "norm of scaled minus clean"
+        unit, site = f"{title}, {UNITS['frobenius']}", "datum.entry == layer"
+        alt = f"A heat map of the {title}: a row for each token of the prompt, a column for each place."
+        note = (
+            "A dot is a space. The first token, which others attend to when they need nothing, can outshine the rest: "
+            "switch it on."
+        )
+        spec = charts.heat_map("tokens", filters, self.places, row, unit, chosen, len(tokens), site)
+        return [Figure("tokens", "Where in the text", alt, note, spec)]
 
     def data(self) -> dict[str, Any]:
         """The datasets that the charts name."""

@@ -8,7 +8,6 @@ from experiments.harness.table import Tables, by_text
 from experiments.harness.verdicts import describe_entry
 from minigpt import Sweep
 from minigpt.measures import MEASURES, OF_PREDICTIONS, POSITION_SETS
-from minigpt.parameters import Site
 
 
 class Head(NamedTuple):
@@ -39,7 +38,7 @@ def head_of(scaled: Scaled) -> int | None:
     return scaled.head if isinstance(scaled, Head) else None
 
 
-def in_words(scaled: Scaled, site: Site, positions: tuple[int, ...] | None) -> str:
+def in_words(scaled: Scaled, site: str, positions: tuple[int, ...] | None) -> str:
     """What was scaled, in words."""
     part = f"head {scaled.head}" if isinstance(scaled, Head) else {"mlp": "MLP"}.get(site, site)
     block = f"{part} of {describe_entry(layer_of(scaled), None)}"

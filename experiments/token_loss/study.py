@@ -46,6 +46,9 @@ MEASURES = (
     "temperature", "kl_from_clean", "kl_after_temperature",
 )  # fmt: skip
 """Of the text, means over positions, losses in nats per token; then of the target, the text's last token."""
+PRINTED = (
+    "target_loss_change", "target_probability", "target_rank", "loss_change", "target_correlation", "temperature",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,14 +255,6 @@ class TokenLoss(Experiment[Runs]):
 
     def lines(self, study: Study[Runs], columns: int) -> Iterator[str]:  # noqa: ARG002
         """Losses, rank and correlation by layer, for the first factor; and the tokens that suffer most."""
-        wanted = (
-            "target_loss_change",
-            "target_probability",
-            "target_rank",
-            "loss_change",
-            "target_correlation",
-            "temperature",
-        )
         layers, factor = self.settings.layers, self.settings.factors[0]
         shown = study.tables["values"].at(factor=factor)
         names = ("loss_clean", "target_loss_clean", "target_rank_clean")
@@ -269,9 +264,9 @@ class TokenLoss(Experiment[Runs]):
             f"{clean['target_loss_clean']:.4g} nats (rank {clean['target_rank_clean']:g})"
         )
         yield f"{self.settings.site} scaled by {factor:g}:"
-        yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in wanted)
+        yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in PRINTED)
         for layer in layers:
-            values = shown.at(layer=layer, metric=list(wanted)).value.tolist()
+            values = shown.at(layer=layer, metric=list(PRINTED)).value.tolist()
             yield f"{layer:>5}  " + "".join(f"{value:>20.4g}" for value in values)
         if not study.counts:
             yield from self._suffering(study)
