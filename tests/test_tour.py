@@ -24,6 +24,9 @@ from tests.conftest import CHROMIUM, ROOT, TINY
 pytest.importorskip("marimo", reason="the tour needs marimo: pip install -e '.[tour]'")
 
 from experiments.divergence import claims
+from experiments.divergence.study import Divergence, GridSettings
+from experiments.harness.experiment import run_prompt
+from experiments.harness.options import parse_numbers
 from experiments.tour import charts, tour
 
 HOSTILE = "</script><img src=x onerror=alert(1)> **bold** <b>x</b> $x$ &amp;"
@@ -137,6 +140,18 @@ def test_the_sentence_on_alignment_names_the_blocks_that_repair(shown: dict[str,
         assert re.findall(r"block \d+", part) == [
             name for name, is_negative in zip(names, negative, strict=True) if is_negative
         ]
+
+
+def test_its_numbers_are_the_rows_of_the_study(shown: dict[str, Any], tiny: GPT2, tokenizer: Tokenizer) -> None:
+    """Of a study that ran every layer; what comes from other products differs by rounding."""
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")
+    settings = GridSettings(model=str(TINY), prompt=tour.PROMPT, parity=False, layers=(2,), factors=factors)
+    study = run_prompt(Divergence(settings), tiny, tokenizer)
+    table = study.tables["values"].at(layer=2)
+    assert table.axes["factor"] == shown["everywhere"].axes["factor"]
+    torch.testing.assert_close(shown["everywhere"].value, table.value, rtol=1e-3, atol=1e-4, equal_nan=True)
+    norms = study.tables["norms"].value
+    torch.testing.assert_close(shown["norms"].value, norms, rtol=1e-6, atol=0)
 
 
 def test_the_verdicts_are_about_the_five_claims(shown: dict[str, Any]) -> None:
