@@ -239,6 +239,18 @@ def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp
     assert "not checked" in json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
 
 
+def test_a_model_that_cannot_be_compared_runs_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = parity.Certificate("not comparable", "", problems=("Its blocks are not GPT-2's.",))
+    monkeypatch.setattr(parity, "certify", lambda _: certificate)
+    code, out, err = run("--factors", "0.5", "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "parity: not comparable. Its blocks are not GPT-2's." in out
+    said = json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
+    assert said["verdict"] == "not comparable"
+
+
 def test_another_experiments_files_leave_with_its_summary_and_no_name_reaches_further(tmp_path: Path) -> None:
     own = ["skip_layer.csv", "skip_layer_*.png", "skip_layer_*.svg"]
     for name, pattern in (("skip_layer", own), ("*", []), ("../thesis", []), (None, []), (["a"], [])):

@@ -276,16 +276,11 @@ class Shown:
         """Of every shown cell the likeliest tokens after the text, clean and scaled; none without predictions."""
         if not self.whole:
             return []
-        known, factors = scaled_in(self.whole), self.whole.factors
-        found = {}
-        for cell in likeliest_cells(self.whole, self.study.tokenizer):
-            found[known[cell["layer"]], factors[cell["factor"]]] = cell
-        return [
-            {**found[scaled, factor], "layer": entry, "factor": factor}
-            for scaled, entry in zip(self.shown, self.entries, strict=True)
-            for factor in self.factors
-            if (scaled, factor) in found
-        ]
+        names, factors = dict(zip(self.shown, self.entries, strict=True)), self.whole.factors
+        known = [names.get(scaled) for scaled in scaled_in(self.whole)]
+        cells = likeliest_cells(self.whole, self.study.tokenizer)
+        named = ({**cell, "layer": known[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells)
+        return [cell for cell in named if cell["layer"] and cell["factor"] in self.factors]
 
 
 def _thinned(indices: range, most: int) -> list[int]:

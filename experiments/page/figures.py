@@ -122,12 +122,9 @@ def config(theme: str) -> dict[str, Any]:
     }
 
 
-def rounded(numbers: Iterable[float | None]) -> list[float | None]:
-    """Numbers for a page; those that are missing or not finite become null."""
-    return [
-        float(f"{number:.{DIGITS}g}") if number is not None and abs(number) < float("inf") else None
-        for number in numbers
-    ]
+def rounded(number: float) -> float | None:
+    """A number for a page; one that is not finite becomes null."""
+    return float(f"{number:.{DIGITS}g}") if abs(number) < float("inf") else None
 
 
 def dataset(
@@ -139,19 +136,15 @@ def dataset(
     is no row. Without `along` every row stays one.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    place = {label: number for number, label in enumerate(labels)}
+    place = {label: index for index, label in enumerate(labels)}
     for row in rows:
-        named = {name: value for name, value in row.items() if name not in (along, *NUMBERS)}
+        named = {name: of for name, of in row.items() if name not in (along, *NUMBERS)}
         into = found.setdefault(tuple(named.values()), {**constants, **named})
-        for name in SHOWN:
-            if name in row and along:
-                into.setdefault(name, [None] * len(labels))[place[row[along]]] = row[name]
-            elif name in row:
-                into[name] = row[name]
-    for into in found.values():
-        for name in SHOWN:
-            if name in into:
-                into[name] = rounded(into[name]) if along else rounded([into[name]])[0]
+        for name in (name for name in SHOWN if name in row):
+            if along:
+                into.setdefault(name, [None] * len(labels))[place[row[along]]] = rounded(row[name])
+            else:
+                into[name] = rounded(row[name])
     return list(found.values())
 
 
@@ -182,7 +175,7 @@ def likeliest_cells(result: Sweep, tokenizer: Tokenizer) -> list[dict[str, Any]]
 def _likeliest(tokenizer: Tokenizer, ids: Tensor, probabilities: Tensor) -> list[tuple[str, float | None]]:
     """Tokens and their probabilities, white space made visible."""
     texts = (token.translate(VISIBLE) for token in tokenizer.tokens(ids.tolist()))
-    return list(zip(texts, rounded(probabilities.tolist()), strict=True))
+    return list(zip(texts, map(rounded, probabilities.tolist()), strict=True))
 
 
 def place_names(n_layer: int) -> list[str]:
