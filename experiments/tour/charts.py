@@ -176,7 +176,7 @@ def figures_of(comparison: Comparison, table: Table, site: str) -> dict[str, flo
         "relative after the last block": ("relative", last),
     }
     numbers = {label: float(table.at(metric=name, place=place).value) for label, (name, place) in shown.items()}
-    after = {"KL after the text (nats)": float(predictions.kl[0, 0, 0, -1])} if predictions else {}
+    after = {"KL after the text (nats)": float(predictions.kl.flatten(0, -2)[0, -1])} if predictions else {}
     return {**after, **numbers}
 
 
