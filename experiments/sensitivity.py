@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import typer
 
 from experiments.harness.command import command, start
 from experiments.harness.experiment import Experiment, Ids, Settings, Start, Study
 from experiments.harness.options import Options
-from experiments.harness.table import Row, Table, Tables, by_text
+from experiments.harness.table import Row, Table, Tables, by_measure
 from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Sensitivity, sensitivity
-from minigpt.measures import OF_PREDICTIONS, POSITION_SETS, Measure
+from minigpt.measures import OF_PREDICTIONS, Measure
 from minigpt.parameters import SITES, Site, check_site
 from minigpt.sensitivity import SENSITIVITIES
 
@@ -67,12 +66,9 @@ class Sensitivities(Experiment[Sensitivity]):
         """All derivatives of some texts."""
         return sensitivity(model, ids, self.settings.sites, self.settings.max_bytes)
 
-    def measure(self, model: GPT2, raw: Sensitivity) -> Tables:
+    def measure(self, model: GPT2, raw: Sensitivity) -> Tables:  # noqa: ARG002
         """`values` [text, positions, metric, scale, depth]."""
-        values = [torch.stack([raw.measure(name, of) for name in SENSITIVITIES]) for of in POSITION_SETS]
-        depths = [*range(model.config.n_layer + 1), "final"]
-        axes = {"positions": POSITION_SETS, "metric": SENSITIVITIES, "scale": raw.scales, "depth": depths}
-        return {"values": by_text(torch.stack(values).movedim(-1, 0), **axes)}
+        return {"values": by_measure(raw, SENSITIVITIES, scale=raw.scales)}
 
     def rows(self, study: Study[Sensitivity]) -> Iterator[Row]:
         """Every derivative at every place."""

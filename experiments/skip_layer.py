@@ -17,11 +17,11 @@ import typer
 from experiments.harness.command import command, start
 from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study
 from experiments.harness.options import Layers, Options
-from experiments.harness.table import Row, Tables, by_text
+from experiments.harness.table import Row, Tables, by_measure, by_text
 from experiments.harness.verdicts import Decision, Verdict
 from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Comparison, compare, parity
-from minigpt.measures import POSITION_SETS, Measure
+from minigpt.measures import Measure
 
 MEASURES: tuple[Measure, ...] = ("frobenius", "relative", "gauge_free", "kl", "loss_change", "changed")
 COSTS: dict[Measure, str] = {
@@ -80,14 +80,12 @@ class SkipLayer(Experiment[Comparison]):
         positions but the first, of what every block adds, the clean run's first; `added` [text, skipped], the largest
         norm that a skipped block adds at any position."""
         blocks, skipped = range(1, model.config.n_layer + 1), list(self.skipped)
-        values = torch.stack([torch.stack([raw.measure(name, of) for name in MEASURES]) for of in POSITION_SETS])
         steps = torch.cat([raw.clean_steps_sq[None], raw.steps_sq])[..., 1:].sum(-1).sqrt()
         added = torch.stack(
             [of[list(blocks)].amax((0, 2)) for of, blocks in zip(raw.steps_sq, self.skipped.values(), strict=True)]
         )
-        axes = {"positions": POSITION_SETS, "metric": MEASURES, "skipped": skipped, "depth": [0, *blocks, "final"]}
         return {
-            "values": by_text(values.movedim(-1, 0), **axes),
+            "values": by_measure(raw, MEASURES, skipped=skipped),
             "steps": by_text(steps.movedim(-1, 0), skipped=[CLEAN, *skipped], depth=blocks),
             "added": by_text(added.sqrt().T, skipped=skipped),
         }

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.harness.table import Tables, by_text
+from experiments.harness.table import Tables, by_measure, by_text
 from experiments.harness.verdicts import describe_entry
 from minigpt import Sweep
-from minigpt.measures import MEASURES, OF_PREDICTIONS, POSITION_SETS
+from minigpt.measures import MEASURES, OF_PREDICTIONS
 
 
 class Head(NamedTuple):
@@ -54,17 +54,12 @@ def measured(result: Sweep) -> Tables:
     [text, of, depth].
     """
     names = [name for name in MEASURES if result.statistics.predictions or name not in OF_PREDICTIONS]
-    values = torch.stack([torch.stack([result.measure(name, of) for name in names]) for of in POSITION_SETS])
-    depths = [*range(values.shape[-2] - 1), "final"]
-    axes = {"positions": POSITION_SETS, "metric": names, "layer": scaled_in(result), "factor": result.factors}
+    values = by_measure(result, names, layer=scaled_in(result), factor=result.factors)
     clean = result.statistics.clean_sq  # [place, text, position]
     first, others = clean[..., :1].sqrt(), clean[..., 1:].sqrt()
     mean = others.sum(-1, keepdim=True) / (result.lengths[:, None] - 1)
     norms = torch.cat([first, mean, others.square().sum(-1, keepdim=True).sqrt()], -1).permute(1, 2, 0)
-    return {
-        "values": by_text(values.movedim(-1, 0), **axes, depth=depths),
-        "norms": by_text(norms, of=NORMS, depth=depths),
-    }
+    return {"values": values, "norms": by_text(norms, of=NORMS, depth=values.axes["depth"])}
 
 
 def tokens_of(result: Sweep) -> Tables:

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, tensor
+from torch import Tensor, stack, tensor
+
+from minigpt import Comparison, Sensitivity, Sweep
+from minigpt.measures import POSITION_SETS, Measure
 
 Row = dict[str, Any]
 """Names of columns and their values, one number among them."""
@@ -113,6 +116,13 @@ def _columns(axis: str, label: Any) -> list[tuple[str, Any]]:
 def by_text(value: Tensor, **axes: Sequence[Any]) -> Table:
     """Numbers of some texts: [text, ...], the other axes with their labels."""
     return Table({"text": range(len(value)), **axes}, value)
+
+
+def by_measure(result: Sweep | Comparison | Sensitivity, names: Sequence[Measure], **axes: Sequence[Any]) -> Table:
+    """Measures over every set of positions: [text, positions, metric, ..., depth], in between the runs' own axes."""
+    values = stack([stack([result.measure(name, of) for name in names]) for of in POSITION_SETS]).movedim(-1, 0)
+    depths = [*range(values.shape[-1] - 1), "final"]
+    return by_text(values, positions=POSITION_SETS, metric=names, **axes, depth=depths)
 
 
 def of_text(tables: Mapping[str, Table]) -> Tables:

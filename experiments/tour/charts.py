@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.divergence import claims
 from experiments.divergence.rows import measured
 from experiments.harness.experiment import encode_prompt
-from experiments.harness.table import Table, Tables, by_text, of_text
+from experiments.harness.table import Table, Tables, by_measure, of_text
 from experiments.harness.verdicts import Verdict
 from experiments.page.charts import FACTOR_COLOURS
 from experiments.page.figures import VISIBLE
@@ -162,8 +162,8 @@ def code_of(scales: Mapping[str, float | Tensor]) -> str:
 
 def compared(comparison: Comparison, names: Sequence[str]) -> Table:
     """`COMPARED` of the first intervention on the first text, all positions but the first: [metric, place]."""
-    values = torch.stack([comparison.measure(name, "rest")[0] for name in COMPARED])
-    return by_text(values.movedim(-1, 0), metric=COMPARED, place=names).at(text=0)
+    table = by_measure(comparison, COMPARED, run=[0]).at(text=0, positions="rest", run=0)
+    return table.named("depth", "place", names)
 
 
 def figures_of(comparison: Comparison, table: Table, site: str) -> dict[str, float]:
