@@ -18,7 +18,7 @@ study: $(READY)
 
 # One thread: a slider's change is small, and a second thread would only wait.
 tour: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m marimo run experiments/tour.py --host 127.0.0.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m marimo run experiments/tour/tour.py --host 127.0.0.1
 
 # One thread each: the tests share the cores among themselves.
 test: $(READY)

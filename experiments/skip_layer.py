@@ -13,16 +13,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
-from experiments.commandline import command, start
-from experiments.common import parse_indices
-from experiments.estimates import Estimate, Row, axis
-from experiments.figures import Control, Figure, Figures, place_names, rounded
-from experiments.runner import Checked, Experiment, Ids, Settings, Start, Study
-from experiments.verdicts import Decision, Verdict
+from experiments.harness.command import command, start
+from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study
+from experiments.harness.options import Layers, Options
+from experiments.harness.table import Row, Tables, by_measure, by_text
+from experiments.harness.verdicts import Decision, Verdict
+from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Comparison, compare, parity
-from minigpt.measures import POSITION_SETS, Measure, PositionSet
+from minigpt.measures import Measure
 
 MEASURES: tuple[Measure, ...] = ("frobenius", "relative", "gauge_free", "kl", "loss_change", "changed")
 COSTS: dict[Measure, str] = {
@@ -31,6 +30,14 @@ COSTS: dict[Measure, str] = {
     "changed": "share of positions",
 }
 CLEAN = "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipOptions(Options):
+    """Skip every layer alone, and every pair of neighbours among them."""
+
+    layers: Layers = "all"
+    no_pairs: Annotated[bool, typer.Option("--no-pairs", help="skip single blocks only")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +53,14 @@ class SkipLayer(Experiment[Comparison]):
 
     name = "skip_layer"
     question = "A block is skipped: what do the others make of it?"
+    options = SkipOptions
     settings: SkipSettings
 
     @classmethod
-    def from_options(
-        cls,
-        begin: Start,
-        *,
-        layers: Annotated[str, typer.Option(help="2 | 2,5 | all; counted from 0")] = "all",
-        no_pairs: Annotated[bool, typer.Option("--no-pairs", help="skip single blocks only")] = False,
-    ) -> "SkipLayer":
-        """Skip every layer alone, and every pair of neighbours among them."""
-        chosen = parse_indices(layers, begin.model.config.n_layer, "layer")
-        return cls(SkipSettings(**begin.settings(), layers=chosen, pairs=not no_pairs))
+    def from_options(cls, begin: Start[SkipOptions]) -> "SkipLayer":
+        """The blocks that were asked for."""
+        chosen = begin.layers(begin.options.layers)
+        return cls(SkipSettings(**begin.settings(), layers=chosen, pairs=not begin.options.no_pairs))
 
     @property
     def skipped(self) -> dict[str, tuple[int, ...]]:
@@ -73,19 +75,19 @@ class SkipLayer(Experiment[Comparison]):
         edits = [_skip(*blocks) for blocks in self.skipped.values()]
         return compare(model, ids, edits, predictions=True, max_bytes=self.settings.max_bytes)
 
-    def measure(self, model: GPT2, raw: Comparison) -> dict[str, Tensor]:  # noqa: ARG002
-        """`values` [text, set, measure, intervention, place]; `steps` [text, 1 + intervention, block], the norm, over
-        all positions but the first, of what every block adds, the clean run's first; `added` [text, intervention],
-        the largest norm that a skipped block adds at any position."""
-        values = [[raw.measure(name, of) for name in MEASURES] for of in POSITION_SETS]
+    def measure(self, model: GPT2, raw: Comparison) -> Tables:
+        """`values` [text, positions, metric, skipped, depth]; `steps` [text, skipped, depth], the norm, over all
+        positions but the first, of what every block adds, the clean run's first; `added` [text, skipped], the largest
+        norm that a skipped block adds at any position."""
+        blocks, skipped = range(1, model.config.n_layer + 1), list(self.skipped)
         steps = torch.cat([raw.clean_steps_sq[None], raw.steps_sq])[..., 1:].sum(-1).sqrt()
         added = torch.stack(
             [of[list(blocks)].amax((0, 2)) for of, blocks in zip(raw.steps_sq, self.skipped.values(), strict=True)]
         )
         return {
-            "values": torch.stack([torch.stack(of) for of in values]).movedim(-1, 0),
-            "steps": steps.movedim(-1, 0),
-            "added": added.sqrt().T,
+            "values": by_measure(raw, MEASURES, skipped=skipped),
+            "steps": by_text(steps.movedim(-1, 0), skipped=[CLEAN, *skipped], depth=blocks),
+            "added": by_text(added.sqrt().T, skipped=skipped),
         }
 
     def check(self, model: GPT2, raw: Comparison) -> Checked:  # noqa: ARG002
@@ -98,18 +100,12 @@ class SkipLayer(Experiment[Comparison]):
 
     def rows(self, study: Study[Comparison]) -> Iterator[Row]:
         """Every measure of every intervention at every place, and what every block adds (metric `step`)."""
-        labels = {"model": self.settings.model}
-        places = axis("depth", [*range(study.n_layer + 1), "final"])
-        axes = [axis("positions", POSITION_SETS), axis("metric", MEASURES), axis("skipped", list(self.skipped)), places]
-        for row in study.measured["values"].rows(axes, study.windows):
-            yield {**labels, **row}
-        blocks = axis("depth", range(1, study.n_layer + 1))
-        for row in study.measured["steps"].rows([axis("skipped", [CLEAN, *self.skipped]), blocks], study.windows):
-            yield {**labels, "positions": "rest", "metric": "step", **row}
+        yield from study.tables["values"].rows(model=self.settings.model)
+        yield from study.tables["steps"].rows(model=self.settings.model, positions="rest", metric="step")
 
     def verdicts(self, study: Study[Comparison]) -> list[Verdict]:
         """The lecture's observation."""
-        added = float(study.measured["added"].value.max())
+        added = float(study.tables["added"].value.max())
         decision = Decision(
             "true by construction" if added == 0 else "does not hold",
             "A block whose attention and MLP write nothing returns its input: the stream is the same on both sides.",
@@ -119,33 +115,30 @@ class SkipLayer(Experiment[Comparison]):
         )
         return [Verdict.of(1, "Nothing changes between the depths around a skipped block", decision, study.basis)]
 
-    def of(self, study: Study[Comparison], name: Measure, positions: PositionSet = "rest") -> Estimate:
-        """A measure: [intervention, place]."""
-        where = POSITION_SETS.index(positions)
-        return study.measured["values"].at(where, MEASURES.index(name))
-
     def lines(self, study: Study[Comparison], columns: int) -> Iterator[str]:  # noqa: ARG002
         """What skipping costs, all positions but the first."""
-        found = {name: self.of(study, name).value[:, -1] for name in ("loss_change", "kl", "changed")}
-        found["relative, last depth"] = self.of(study, "relative").value[:, -2]
+        rest, last = study.tables["values"].at(positions="rest"), study.n_layer
+        found = {name: rest.at(metric=name, depth="final") for name in ("loss_change", "kl", "changed")}
+        found["relative, last depth"] = rest.at(metric="relative", depth=last)
         yield f"{'skipped':>14}  " + "".join(f"{name:>22}" for name in found)
-        for row, name in enumerate(self.skipped):
-            yield f"{name:>14}  " + "".join(f"{float(values[row]):>22.4g}" for values in found.values())
+        for skipped in self.skipped:
+            values = (float(table.at(skipped=skipped).value) for table in found.values())
+            yield f"{skipped:>14}  " + "".join(f"{value:>22.4g}" for value in values)
         yield ""
 
     def figures(self, study: Study[Comparison]) -> Figures:
         """The report's charts."""
-        return _figures(self, study)
+        return _figures(study, list(self.skipped))
 
 
 def _skip(*blocks: int) -> dict[str, float]:
     return {f"blocks.{block}.{part}_scale": 0.0 for block in blocks for part in ("attention", "mlp")}
 
 
-def _figures(experiment: SkipLayer, study: Study[Comparison]) -> Figures:
-    from experiments import charts  # noqa: PLC0415  an extra
+def _figures(study: Study[Comparison], names: list[str]) -> Figures:
+    from experiments.page import charts  # noqa: PLC0415  an extra
 
-    names, places = list(experiment.skipped), place_names(study.n_layer)
+    places = place_names(study.n_layer)
     blocks, chosen, spread = places[1:-1], {"skipped": _shown(names)}, study.windows is not None
     rest, title = "Over all tokens but the first.", "change beside the stream's norm (relative)"
     step = "norm of what a block adds, units of the stream"
@@ -163,22 +156,25 @@ def _figures(experiment: SkipLayer, study: Study[Comparison]) -> Figures:
         alt = f"Bars for every skipped block, or pair of neighbours: {label}."
         shown.append(Figure(metric, f"What skipping costs: {metric.replace('_', ' ')}", alt, rest, bars))
     control = Control("skipped", "skipped", [(name, name) for name in names], _shown(names))
-    return Figures(shown, _data(experiment, study, names), {"steps": blocks, "change": places}, [control])
+    return Figures(shown, _data(study, names), {"steps": blocks, "change": places}, [control])
 
 
-def _data(experiment: SkipLayer, study: Study[Comparison], names: list[str]) -> dict[str, Any]:
+def _data(study: Study[Comparison], names: list[str]) -> dict[str, Any]:
     """The datasets of the charts."""
-    steps, relative = study.measured["steps"].value, experiment.of(study, "relative").value
-    data: dict[str, Any] = {"steps": [], "cost": []}
-    data["change"] = [{"skipped": name, "value": rounded(relative[row].tolist())} for row, name in enumerate(names)]
-    for index, name in enumerate(names):
-        for part, row in (("clean", 0), ("skipped", index + 1)):
-            data["steps"].append({"part": part, "skipped": name, "value": rounded(steps[row].tolist())})
-        for metric in COSTS:
-            at = experiment.of(study, metric).at(index, -1)
-            value, low, high = rounded([float(at.value), float(at.low), float(at.high)])
-            data["cost"].append({"metric": metric, "place": name, "value": value, "low": low, "high": high})
-    return data
+    rest, steps = study.tables["values"].at(positions="rest"), study.tables["steps"]
+    change, depths = rest.at(metric="relative"), rest.axes["depth"]
+    costs = rest.at(metric=list(COSTS), depth="final").named("skipped", "place", names)
+    clean = list(steps.at(skipped=CLEAN).rows())
+    pairs = (
+        [*({"part": "clean", "skipped": name, **row} for row in clean),
+         *steps.at(skipped=name).rows(part="skipped", skipped=name)]
+        for name in names
+    )  # fmt: skip
+    return {
+        "change": dataset(change.rows(), "depth", depths),
+        "cost": dataset(costs.rows()),
+        "steps": dataset((row for pair in pairs for row in pair), "depth", steps.axes["depth"]),
+    }
 
 
 def _shown(names: list[str]) -> str:
@@ -186,7 +182,7 @@ def _shown(names: list[str]) -> str:
     return "block 5" if "block 5" in names else names[0]
 
 
-main = command(SkipLayer.from_options)
+main = command(SkipLayer)
 
 if __name__ == "__main__":
     start(main)

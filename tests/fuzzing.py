@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.texts import read_texts
+from experiments.harness.corpus import read_texts
 from minigpt import GPT2, Block, CheckpointError, GPT2Config
 from minigpt.checkpoint import INDEX, WEIGHTS
 from tests.blocks import Rotary

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from experiments import benchmark, peers
+from experiments.tools import benchmark, peers
 from minigpt import GPT2, sweep
 
 FACTORS = (0.5, 1.0, 1.5)

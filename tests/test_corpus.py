@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import divergence, runner
-from experiments.corpus import SHARD_WINDOWS, STATISTICS, Shards, batched, summarise
-from experiments.runner import SHORTEST
-from experiments.texts import Texts, read_texts
+from experiments.divergence import study as divergence
+from experiments.harness import experiment as harness
+from experiments.harness.corpus import SHARD_WINDOWS, STATISTICS, Shards, Texts, batched, read_texts, summarise
+from experiments.harness.experiment import SHORTEST
 from minigpt import GPT2, Tokenizer, sweep
 from tests.conftest import ROOT, TINY
 from tests.test_study import run_main
@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the study on weights/tiny with these arguments added, without drawing."""
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(harness, "_draw", lambda *_: None)
     return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -169,15 +169,15 @@ def test_columns_combined_in_groups_are_the_same(tmp_path: Path, monkeypatch: py
         shards.write(number, {"x": torch.randn(count, 2, 90, generator=generator, dtype=torch.float64)})
     assert shards.open(overwrite=False) == [0, 1, 2]
     whole = shards.combine(37)["x"]
-    monkeypatch.setattr("experiments.corpus.MOST_NUMBERS", 1)
+    monkeypatch.setattr("experiments.harness.corpus.MOST_NUMBERS", 1)
     for statistic, values in shards.combine(37)["x"].items():
         torch.testing.assert_close(values, whole[statistic], rtol=1e-12, atol=1e-12)
     assert whole["mean"].shape == (2, 90)
 
 
 def test_combining_holds_no_more_for_more_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.corpus.MOST_NUMBERS", 2**12)
-    monkeypatch.setattr("experiments.corpus.FEWEST_COLUMNS", 1)
+    monkeypatch.setattr("experiments.harness.corpus.MOST_NUMBERS", 2**12)
+    monkeypatch.setattr("experiments.harness.corpus.FEWEST_COLUMNS", 1)
     peaks = []
     for count in (4, 80):
         shards = Shards(tmp_path / str(count), {"a": 1})
@@ -404,12 +404,10 @@ def test_a_broken_shard_is_a_sentence(run: Run, corpus: Path, tmp_path: Path) ->
 
 
 PEAK = """
-import sys
-from experiments import divergence
+from experiments.divergence.study import main
 from minigpt import cli
-import typer
 try:
-    cli.run(lambda: typer.run(divergence.main))
+    cli.run(main)
 except SystemExit as stopped:
     assert not stopped.code, stopped.code
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -2,28 +2,34 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import commandline, runner, sensitivity, skip_layer, token_loss
-from experiments.estimates import Estimate, axis
+from experiments import sensitivity, skip_layer
+from experiments.harness import experiment as harness
+from experiments.harness.command import command
+from experiments.harness.table import Table, Tables, by_text, of_text
+from experiments.token_loss import study as token_loss
 from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
+from minigpt.model import Block
 from tests.conftest import TINY
 from tests.test_study import run_main
 
 Run = Callable[..., tuple[int, str, str]]
 MODULES = {"token_loss": token_loss, "skip_layer": skip_layer, "sensitivity": sensitivity}
+FORWARD = Block.forward
 PROMPT, TARGET = "The old man opened the door and looked out at the", " sea"
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run an experiment by name on weights/tiny, without figures and report."""
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(harness, "_draw", lambda *_: None)
     return lambda name, *arguments: run_main(MODULES[name].main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -131,11 +137,11 @@ def loss_verdicts(half: float = 0.0, factors: tuple[float, ...] = (0.6,), **foun
     values = values_of(len(factors), **found)
     layers = tuple(range(values.shape[2]))
     experiment = token_loss.TokenLoss(token_loss.LossSettings(model="", prompt="", layers=layers, factors=factors))
-    measured = {
-        name: Estimate(of, {"low": of - half, "high": of + half} if half else {})
-        for name, of in (("values", values[0]), ("tests", token_loss._tests(values)[0]))
+    tables = {
+        name: Table(of.axes, of.value, {"low": of.value - half, "high": of.value + half} if half else {})
+        for name, of in of_text(token_loss.tables_of(values, {"layer": layers, "factor": factors})).items()
     }
-    study = runner.Study(experiment.settings, {}, ["a", "b"], {}, runner.Checked(), measured, None, None)  # type: ignore[arg-type]
+    study = harness.Study(experiment.settings, {}, ["a", "b"], {}, harness.Checked(), tables, None, None)  # type: ignore[arg-type]
     return {verdict.number: verdict.verdict for verdict in experiment.verdicts(study)}
 
 
@@ -308,25 +314,22 @@ def test_windows_of_another_experiment_are_refused(run: Run, texts: Path, tmp_pa
     assert (code, "other settings" in err, err.count("\n")) == (2, True, 1)
 
 
-class Least(runner.Experiment[Comparison]):
+class Least(harness.Experiment[Comparison]):
     """As little as an experiment can be."""
 
     name, question = "least", "Block 5 is halved: does it matter?"
 
-    def run(self, model: GPT2, ids: runner.Ids, alone: bool) -> Comparison:
+    def run(self, model: GPT2, ids: harness.Ids, alone: bool) -> Comparison:
         return compare(model, ids, [{"blocks.5.output_scale": 0.5}], predictions=True)
 
-    def measure(self, model: GPT2, raw: Comparison) -> dict[str, torch.Tensor]:
-        return {"kl": raw.statistics.measure("kl", "rest")[:, 0, -1].T}
-
-    def rows(self, study: runner.Study[Comparison]) -> Iterator[dict[str, object]]:
-        return study.measured["kl"].rows([axis("metric", ["kl"])], study.windows)
+    def measure(self, model: GPT2, raw: Comparison) -> Tables:
+        return {"kl": by_text(raw.measure("kl", "rest")[0, -1])}
 
 
 def test_an_experiment_of_a_few_lines_has_a_command_line_files_and_a_corpus(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    main = commandline.command(Least.from_options)
+    main = command(Least)
     code, out, err = run_main(main, monkeypatch, capfd, "--model", TINY, "--output", tmp_path / "prompt")
     assert (code, err) == (0, "")
     assert "metric kl  value 0." in out
@@ -340,19 +343,40 @@ def test_an_experiment_of_a_few_lines_has_a_command_line_files_and_a_corpus(
     assert float(row["low"]) < float(row["value"]) < float(row["high"])
 
 
-def test_windows_that_another_version_measured_are_a_sentence(
-    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def stretched(self: Block, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    """A block that writes a little more than it would, and nothing where it would write nothing."""
+    return x + 1.01 * (FORWARD(self, x, *cache) - x)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("corpus", [False, True])
+def test_what_other_code_measured_is_refused_and_with_overwrite_measured_again(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: bool, killed: bool
 ) -> None:
-    arguments = ("--texts", texts, "--window", "16", "--layers", "2", "--limit", "4", "--output", tmp_path / "out")
-    assert run("skip_layer", *arguments)[0] == 0
-    measure = skip_layer.SkipLayer.measure
+    """Of a run that was finished, and of one that was killed before its summary was written."""
+    asked = ("--texts", texts, "--window", "16", "--limit", "20") if corpus else ("--prompt", PROMPT)
+    arguments, folder = ("skip_layer", *asked, "--layers", "2", "--no-parity", "--quiet", "--output"), tmp_path / "out"
+    assert run(*arguments, folder)[0] == 0
+    if killed:
+        for path in folder.glob("s*.*"):
+            path.unlink()
+    before = files_in(folder)
+    monkeypatch.setattr(Block, "forward", stretched)
+    if corpus or not killed:
+        code, out, err = run(*arguments, folder)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "the code has changed since" in err
+        assert files_in(folder) == before
+    assert run(*arguments, folder, "--overwrite")[0] == 0
+    assert run(*arguments, tmp_path / "fresh")[0] == 0
+    again, fresh = files_in(folder), files_in(tmp_path / "fresh")
+    assert again.keys() == fresh.keys()
+    assert {name for name in fresh if again[name] != fresh[name]} <= {"summary.json"}, "it quotes the command"
+    assert again["skip_layer.csv"] != before.get("skip_layer.csv")
 
-    def other(self: skip_layer.SkipLayer, model: GPT2, raw: Comparison) -> dict[str, torch.Tensor]:
-        return {**measure(self, model, raw), "more": raw.clean_steps_sq}
 
-    monkeypatch.setattr(skip_layer.SkipLayer, "measure", other)
-    code, _, err = run("skip_layer", *arguments)
-    assert (code, "another version measured" in err, err.count("\n")) == (2, True, 1)
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", MODULES)

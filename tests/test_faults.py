@@ -20,8 +20,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import get_session
 
-from experiments import train
-from experiments.train import STATE_FILE
+from experiments.tools import train
+from experiments.tools.train import STATE_FILE
 from minigpt import CheckpointError, hub
 from tests.conftest import ROOT
 from tests.hub_server import NAME, Answer, Fault, Files, Server, fail, make, point_at

@@ -137,7 +137,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 
 
 @pytest.mark.parametrize(
-    "path", sorted(path for part in ("minigpt", "experiments") for path in (ROOT / part).glob("*.py"))
+    "path", sorted(path for part in ("minigpt", "experiments") for path in (ROOT / part).rglob("*.py"))
 )
 def test_no_pickle_is_ever_read(path: Path) -> None:
     """Not by these modules, and not by torch.load or numpy.load, which may read one."""

@@ -25,28 +25,72 @@ ORDER = (
     ("doctor",),
     ("cli",),
 )
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+EXPERIMENTS = (
+    ("page.charts", "page.figures"),
+    ("page.report",),
+    ("harness.table", "harness.options", "harness.output", "harness.ranks", "harness.digest"),
+    ("harness.verdicts", "harness.corpus"),
+    ("harness.experiment",),
+    ("harness.command",),
+    ("divergence.rows", "token_loss.figures"),
+    ("divergence.claims", "divergence.figures"),
+    ("divergence.study", "token_loss.study", "skip_layer", "sensitivity"),
+    ("divergence.__main__", "token_loss.__main__"),
+    ("tour.charts", "tools.peers", "tools.train"),
+    ("tour.tour", "tools.benchmark"),
+    ("train", "benchmark"),
+)
+"""Page, harness, questions; then the tour, and the tools."""
 
 
-def imported_by(name: str) -> set[str]:
-    """The modules of the library that one of them imports."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / "minigpt" / f"{name}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "minigpt":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minigpt."):
-            found.add(str(node.module).split(".")[1])
+def levels(order: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    """Module -> how high it stands."""
+    return {name: level for level, names in enumerate(order) for name in names}
+
+
+ORDERS = {"minigpt": levels(ORDER), "experiments": levels(EXPERIMENTS)}
+MODULES = [(package, name) for package, known in ORDERS.items() for name in known]
+
+
+def path_of(package: str, name: str) -> Path:
+    return ROOT / package / f"{name.replace('.', '/')}.py"
+
+
+def imported_by(package: str, name: str) -> set[str]:
+    """The modules of a package that one of them imports, anywhere in it, also within a function."""
+    found, known = set(), ORDERS[package]
+    for node in ast.walk(ast.parse(path_of(package, name).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+            module = str(node.module).partition(".")[2]
+            inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= {module} if module in known else inner & set(known)
     return found
 
 
-def test_the_order_names_every_module() -> None:
-    modules = {path.stem for path in (ROOT / "minigpt").glob("*.py")} - {"__init__"}
-    assert modules == set(LEVEL)
+@pytest.mark.parametrize("package", ORDERS)
+def test_the_order_names_every_module(package: str) -> None:
+    folder = ROOT / package
+    modules = {".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")}
+    assert {name for name in modules if not name.endswith("__init__")} == set(ORDERS[package])
 
 
-@pytest.mark.parametrize("name", LEVEL)
-def test_imports_point_one_way(name: str) -> None:
-    assert all(LEVEL[other] < LEVEL[name] for other in imported_by(name))
+@pytest.mark.parametrize(("package", "name"), MODULES)
+def test_imports_point_one_way(package: str, name: str) -> None:
+    order = ORDERS[package]
+    assert all(order[other] < order[name] for other in imported_by(package, name))
+
+
+def test_the_imports_of_a_function_and_of_a_part_of_a_package_are_seen() -> None:
+    assert {"divergence.figures", "divergence.claims", "harness.table"} <= imported_by(
+        "experiments", "divergence.study"
+    )
+    assert {"page.report", "page.figures"} <= imported_by("experiments", "harness.experiment")
+    assert "hub" in imported_by("minigpt", "parity")
+
+
+def test_no_package_of_experiments_imports_a_module_when_it_is_imported() -> None:
+    for path in (ROOT / "experiments").glob("*/__init__.py"):
+        assert packages_of(path) == set()
 
 
 def packages_of(path: Path) -> set[str]:
@@ -67,7 +111,7 @@ def test_only_parity_imports_transformers_and_nothing_of_the_library_an_extra() 
 
 
 def test_experiments_never_import_tests() -> None:
-    assert not any("tests" in packages_of(path) for path in (ROOT / "experiments").glob("*.py"))
+    assert not any("tests" in packages_of(path) for path in (ROOT / "experiments").rglob("*.py"))
 
 
 def test_importing_the_library_imports_neither_transformers_nor_altair() -> None:

@@ -28,7 +28,9 @@ import pytest
 import torch
 import typer
 
-from experiments import corpus, divergence, runner, train
+from experiments.divergence import study as divergence
+from experiments.harness import corpus, experiment
+from experiments.tools import train
 from minigpt import GPT2, CheckpointError, GPT2Config, checkpoint, cli, files, hub
 from minigpt.checkpoint import CONFIG, ORIGIN, WEIGHTS
 from minigpt.files import open_tensors
@@ -161,11 +163,11 @@ def lay_out(home: Path) -> None:
 
 def study(output: str, home: str, *options: str) -> None:
     """The study of a small model, without the drawings and with few resamples, which take longer than all the rest."""
-    runner._draw, corpus.RESAMPLES = lambda *_: None, 50
+    experiment._draw, corpus.RESAMPLES = lambda *_: None, 50
     divergence.can_draw = lambda: False
     own = ["--model", f"{home}/m", "--output", output, "--no-parity", "--no-predictions", "--factors", "0.8"]
     sys.argv = ["study", *own, *options]
-    cli.run(lambda: typer.run(divergence.main))
+    cli.run(divergence.main)
 
 
 def training(output: str, home: str) -> None:
@@ -240,7 +242,7 @@ def write_in_place() -> None:
         yield folder
 
     files.write_atomically = write_slowly
-    runner.results_in = results_in_place
+    experiment.results_in = results_in_place
     write_one_by_one()
 
 

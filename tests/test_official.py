@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import divergence
-from experiments.common import parse_numbers
+from experiments.harness.options import parse_numbers
 from minigpt import GPT2, Tokenizer, generate, parity
 
 pytestmark = pytest.mark.official

@@ -15,10 +15,6 @@ COMMANDS = [
 ]
 
 
-def test_the_readme_is_at_most_150_lines() -> None:
-    assert len(README.splitlines()) <= 150
-
-
 def test_the_python_runs_from_top_to_bottom(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,20 +1,29 @@
 """The report: data and words without a browser, then in a real Chromium, offline, from file://."""
 
+import copy
 import csv
 import html
 import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import divergence, runner, sensitivity, skip_layer, token_loss
-from experiments.common import parse_numbers
-from experiments.figures import Control, Figure, Figures, standing_alone, token_labels
-from minigpt import GPT2, Tokenizer
+from experiments import sensitivity, skip_layer
+from experiments.divergence import study as divergence
+from experiments.harness import experiment as harness
+from experiments.harness.corpus import Texts
+from experiments.harness.options import parse_numbers
+from experiments.harness.ranks import Ranks
+from experiments.page.figures import Control, Figure, Figures, standing_alone, token_labels
+from experiments.token_loss import study as token_loss
+from minigpt import GPT2, Sweep, Tokenizer
 from tests.conftest import CHROMIUM, TINY
 from tests.test_study import run_main
 
@@ -29,13 +38,13 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-def study_in(folder: Path, prompt: str = runner.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
+def study_in(folder: Path, prompt: str = harness.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
     """The study of a prompt, written to a folder; returns its page."""
     numbers = parse_numbers(factors, "--factors")
     settings = divergence.GridSettings(model=str(TINY), prompt=prompt, layers=(2,), factors=numbers)
     experiment = divergence.Divergence(settings)
-    study = runner.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    runner.write(experiment, study, folder)
+    study = harness.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    harness.write(experiment, study, folder)
     return folder / "report.html"
 
 
@@ -80,18 +89,185 @@ def test_the_page_says_what_ran_and_every_verdict_with_its_evidence(default: Pat
     assert summary["command"] in text
 
 
-def test_the_charts_show_the_numbers_of_the_table(default: Path) -> None:
-    wanted = {"factor": "0.5", "positions": "rest", "metric": "frobenius"}
-    with (default.parent / "divergence.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
-    shown = [
-        row
-        for row in data_of(default)["data"]["curves"]
-        if (row["entry"], row["factor"], row["positions"], row["metric"])
-        == ("output of block 2", 0.5, "rest", "frobenius")
-    ]
-    assert len(shown) == 1
-    assert shown[0]["value"] == pytest.approx([float(row["value"]) for row in rows], rel=1e-4)
+Key = tuple[int, int | None, float, int | str, str, str]
+"""Layer, head, factor, depth, position set and measure of a row of divergence.csv."""
+PARTS = {
+    "attention": "attention_alignment",
+    "MLP": "mlp_alignment",
+    "both": "alignment",
+    "written by attention": "attention_written",
+    "written by MLP": "mlp_written",
+    "written by the block": "written",
+}
+
+
+def written(folder: Path) -> dict[Key, dict[str, str]]:
+    """The rows of divergence.csv."""
+    with (folder / "divergence.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (
+            int(row["layer"]),
+            int(row["head"]) if "head" in row else None,
+            float(row["factor"]),
+            row["depth"] if row["depth"] == "final" else int(row["depth"]),
+            row["positions"],
+            row["metric"],
+        ): row
+        for row in rows
+    }
+
+
+def on_the_page(figures: Figures) -> Iterator[tuple[str, Key, str, float | None]]:
+    """Every number of the charts' data but the tokens': dataset, the row that it must stand in, column, number."""
+    for name in figures.data.keys() - {"places", "tokens"}:
+        for row in figures.data[name]:
+            for column in ("value", "low", "high"):
+                for number, place in zip(row.get(column, []), figures.places[name], strict=column in row):
+                    yield name, key_of(name, row, place), column, number
+
+
+def key_of(name: str, row: Any, place: str) -> Key:
+    found = re.fullmatch(r"(?:head (\d+)|output|attention|MLP) of block (\d+)(?: at position 3)?", row["entry"])
+    assert found is not None
+    head = None if found[1] is None else int(found[1])
+    if name == "tokens":
+        return int(found[2]), head, row["factor"], "final", "", ""
+    if name == "output":  # of the predictions, by factor
+        return int(found[2]), head, float(place), "final", row["positions"], row["metric"]
+    block = int(place.removeprefix("block ")) if place.startswith("block ") else None
+    depth: int | str = {"embeddings": 0, "final norm": "final"}.get(place, -1) if block is None else block + 1
+    metric = row["metric"] if name == "curves" else PARTS.get(row["part"], "frobenius")
+    if name == "written" and row["part"] == "carried":  # into the block
+        depth = int(depth) - 1
+    return int(found[2]), head, row["factor"], depth, row["positions"], metric
+
+
+def differing(figures: Figures, rows: dict[Key, dict[str, str]]) -> list[object]:
+    """The numbers of a page that are not those of the table, to the digits shown, and those that are missing."""
+    wrong, seen = list[object](), set[tuple[str, Key]]()
+    for name, key, column, number in on_the_page(figures):
+        before = name in ("alignment", "written") and int(key[3]) + (key[5] == "frobenius") <= key[0] + 1
+        expected = None if before or key not in rows else float(f"{float(rows[key][column]):.5g}")
+        seen |= {(name, key)} if number is not None else set()
+        wrong += [] if number == expected else [(name, key, column, number, expected)]
+    for key in rows:
+        if key[5] in ("frobenius", "relative", "passive", "gauge_free", "cosine"):
+            wrong += [] if ("curves", key) in seen else [key]
+        if key[5] in ("kl", "loss_change", "changed"):
+            wrong += [] if ("output", key) in seen else [key]
+        if key[5] in PARTS.values() and int(key[3]) > key[0] + 1:
+            name = "written" if key[5].endswith("written") else "alignment"
+            wrong += [] if (name, key) in seen else [key]
+    return wrong
+
+
+def shown_and_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, texts: Texts | None = None, **grid: Any
+) -> tuple[Figures, dict[Key, dict[str, str]], Path]:
+    """The charts' data of a study of every layer, and the rows of its table."""
+    prompt = None if texts else harness.PROMPT
+    settings = divergence.GridSettings(
+        model=str(TINY), prompt=prompt, texts=texts, parity=False, layers=tuple(range(12)), **grid
+    )
+    experiment, model, tokenizer = (
+        divergence.Divergence(settings),
+        GPT2.from_pretrained(TINY),
+        Tokenizer.from_pretrained(TINY),
+    )
+    with ExitStack() as held:
+        study = (
+            harness.run_over_corpus(experiment, model, tokenizer, folder, Ranks(), held)
+            if texts
+            else harness.run_prompt(experiment, model, tokenizer)
+        )
+    assert study is not None
+    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    harness.write(experiment, study, folder)
+    return experiment.figures(study), written(folder), folder
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"factors": (0.5, 0.75, 1.0, 1.5)},
+        {"factors": (1.5, 0.0), "site": "attention"},
+        {"factors": (0.5, 1.5), "site": "mlp", "positions": (3,)},
+        {"factors": (0.5, 1.5), "site": "head", "heads": (2, 0)},
+        {"factors": (0.5, 1.5), "predictions": False},
+    ],
+    ids=str,
+)
+def test_every_number_of_the_page_is_one_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any]
+) -> None:
+    figures, rows, folder = shown_and_written(tmp_path / "out", monkeypatch, **grid)
+    assert differing(figures, rows) == []
+    check_tokens(figures, Sweep.load(folder / "sweep.safetensors"))
+
+
+def check_tokens(figures: Figures, result: Sweep) -> None:
+    """The norm of every token's change, beside the sweep that was saved."""
+    norms = result.statistics.difference_sq[:, :, :, 0].sqrt()  # [layer, factor, place, position]
+    rows = figures.data["tokens"]
+    assert len(rows) == norms[:, :, 0].numel()
+    for row in rows:
+        layer, head, factor = key_of("tokens", row, "final norm")[:3]
+        entry = [*zip(result.layers, result.heads or [None] * 12, strict=True)].index((layer, head))
+        of_token = norms[entry, result.factors.index(factor), :, int(row["token"].split()[0])]
+        assert row["value"] == [float(f"{number:.5g}") for number in of_token.tolist()]
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> tuple[Figures, dict[Key, dict[str, str]]]:
+    """The charts' data of a study, and the rows of its table."""
+    with pytest.MonkeyPatch.context() as patch:
+        return shown_and_written(tmp_path_factory.mktemp("right"), patch, factors=(0.5, 0.75, 1.5))[:2]
+
+
+def exchanged(rows: list[dict[str, Any]], column: str) -> None:
+    """Every label of an axis in the place of the next."""
+    labels = sorted({row[column] for row in rows})
+    for row in rows:
+        row[column] = labels[(labels.index(row[column]) + 1) % len(labels)]
+
+
+def arrays(rows: list[dict[str, Any]], change: Callable[[list[Any]], list[Any]]) -> None:
+    for row in rows:
+        row["value"] = change(row["value"])
+
+
+SABOTAGES: dict[str, Callable[[list[dict[str, Any]]], object]] = {
+    "reversed": lambda rows: arrays(rows, lambda values: values[::-1]),
+    "off by one": lambda rows: arrays(rows, lambda values: [*values[-1:], *values[:-1]]),
+    "one row lacks": lambda rows: rows.pop(),
+    "off by a thousandth": lambda rows: arrays(rows, lambda values: [of and of * 1.001 for of in values]),
+    **{column: partial(exchanged, column=column) for column in ("entry", "factor", "positions", "metric", "part")},
+}
+
+
+@pytest.mark.parametrize("name", ["curves", "alignment", "written", "output"])
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_an_axis_that_is_not_the_tables_is_noticed(
+    right: tuple[Figures, dict[Key, dict[str, str]]], name: str, sabotage: str
+) -> None:
+    figures = replace(right[0], data=copy.deepcopy(dict(right[0].data)))
+    assert differing(figures, right[1]) == []
+    rows: Any = figures.data[name]
+    if sabotage in ("entry", "factor", "positions", "metric", "part") and sabotage not in rows[0]:
+        pytest.skip("this data has no such axis")
+    SABOTAGES[sabotage](rows)
+    assert differing(figures, right[1])
+
+
+def test_every_number_of_a_corpus_page_is_one_of_the_table_with_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("The old man opened the door.\nThe sea was quiet.\nHe was not afraid of it.\n")
+    texts = Texts.of(tmp_path / "texts.txt", "text", 16, None, harness.SHORTEST)
+    figures, rows, _ = shown_and_written(tmp_path / "out", monkeypatch, texts, factors=(0.5, 1.5))
+    assert differing(figures, rows) == []
+    assert len({column for _, _, column, _ in on_the_page(figures)}) == 3
 
 
 def test_places_go_by_name_and_axes_have_units(default: Path) -> None:
@@ -137,7 +313,7 @@ def test_a_prompt_of_control_characters_still_draws(tmp_path: Path) -> None:
 
 
 def test_large_grids_leave_factors_out_and_keep_the_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    divergence_figures = importlib.import_module("experiments.divergence_figures")
+    divergence_figures = importlib.import_module("experiments.divergence.figures")
     monkeypatch.setattr(divergence_figures, "MOST_NUMBERS", 12 * 14 * (3 * 12 + 20) * 5)
     page = study_in(tmp_path)
     factors = [value for value, _ in data_of(page)["controls"][1]["options"]]

@@ -14,14 +14,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import typer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from experiments import commandline, divergence, runner
-from experiments.corpus import Ranks, Shards
-from experiments.divergence import Divergence, GridSettings
-from experiments.texts import Texts
+from experiments.divergence import study as divergence
+from experiments.divergence.study import Divergence, GridSettings
+from experiments.harness import command, experiment
+from experiments.harness.corpus import Shards, Texts
+from experiments.harness.ranks import Ranks
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
 from minigpt.files import MODE, open_tensors, printable, shown, write_atomically
 from tests.conftest import ROOT, TINY
@@ -85,12 +85,12 @@ def test_what_a_strangers_files_say_is_shown_without_steering(
     parsed = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     parsed["added_tokens"][0]["content"] = "\x1b[2J"
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(parsed))
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(experiment, "_draw", lambda *_: None)
     for arguments in (["verify", str(tmp_path / "model")], ["--output", str(tmp_path / "out")]):
         prompt = ["--model", str(tmp_path / "model"), "--prompt", "so \x1b[2J it", "--factors", "0.5"]
         monkeypatch.setattr(sys, "argv", ["minigpt", *arguments, *([] if arguments[0] == "verify" else prompt)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main() if arguments[0] == "verify" else cli.run(lambda: typer.run(divergence.main))
+            cli.main() if arguments[0] == "verify" else cli.run(divergence.main)
         out = capfd.readouterr().out
         assert not stopped.value.code
         assert all(line.isprintable() for line in out.splitlines())
@@ -121,10 +121,10 @@ def spoil(path: Path, **tensors: torch.Tensor | None) -> None:
 
 
 HOSTILE_SWEEPS: dict[str, dict[str, torch.Tensor | None]] = {
-    "without the clean norms": {"clean": None},
+    "without the clean norms": {"clean_sq": None},
     "without the texts": {"ids": None},
-    "fewer cells": {"difference": torch.zeros(1, 1, 6, 2, 10, dtype=torch.float64)},
-    "no axes": {"clean": torch.zeros((), dtype=torch.float64)},
+    "fewer cells": {"difference_sq": torch.zeros(1, 1, 6, 2, 10, dtype=torch.float64)},
+    "no axes": {"clean_sq": torch.zeros((), dtype=torch.float64)},
     "other texts": {"ids": torch.zeros(3, 10, dtype=torch.long)},
     "other lengths": {"lengths": torch.zeros(7, dtype=torch.long)},
     "half of the predictions": {"predictions.loss": torch.zeros(1)},
@@ -157,7 +157,7 @@ def test_a_hostile_result_file_is_a_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A summary in the output folder, and with --overwrite it is replaced, and nothing outside is touched."""
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(experiment, "_draw", lambda *_: None)
     for name in ("x.csv", "deep/out/notes.txt", "deep/out/numbers.csv", "deep/out/n_thesis/thesis.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -167,7 +167,7 @@ def test_a_hostile_result_file_is_a_sentence(
     for more, expected in ([], (2, 1)), (["--overwrite"], (0, 0)):
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(lambda: typer.run(divergence.main))
+            cli.run(divergence.main)
         assert (stopped.value.code or 0, capfd.readouterr().err.count("\n")) == expected
     assert {path.name for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"mine"} == {
         "x.csv",
@@ -286,31 +286,31 @@ class Edited(Divergence):
 def test_weights_that_are_edited_during_a_study_make_its_certificate_void(
     kind: Callable[[GridSettings], Divergence], refused: bool
 ) -> None:
-    experiment = kind(GridSettings(model=str(TINY), prompt=runner.PROMPT, layers=(2,), factors=(0.5,)))
+    study = kind(GridSettings(model=str(TINY), prompt=experiment.PROMPT, layers=(2,), factors=(0.5,)))
     model, tokenizer = GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY)
     if not refused:
-        assert runner.run_prompt(experiment, model, tokenizer).checked.certificate is not None
+        assert experiment.run_prompt(study, model, tokenizer).checked.certificate is not None
         return
     with pytest.raises(parity.CheckError, match="edited after the model was certified"):
-        runner.run_prompt(experiment, model, tokenizer)
+        experiment.run_prompt(study, model, tokenizer)
 
 
 def test_windows_of_edited_weights_are_not_taken_up_by_a_later_run(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("The old man opened the door and saw the sea.\n" * 4)
-    texts = Texts.of(tmp_path / "texts.txt", "text", 8, None, runner.SHORTEST)
+    texts = Texts.of(tmp_path / "texts.txt", "text", 8, None, experiment.SHORTEST)
 
-    def run(kind: type[Divergence], folder: str) -> runner.Study[Sweep] | None:
+    def run(kind: type[Divergence], folder: str) -> experiment.Study[Sweep] | None:
         settings = GridSettings(model=str(TINY), prompt=None, layers=(2,), factors=(0.5,), texts=texts)
         model, tokenizer = GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY)
         with ExitStack() as held:
-            return runner.run_over_corpus(kind(settings), model, tokenizer, tmp_path / folder, Ranks(), held)
+            return experiment.run_over_corpus(kind(settings), model, tokenizer, tmp_path / folder, Ranks(), held)
 
     with pytest.raises(parity.CheckError, match="edited after"):
         run(Edited, "out")
     again, fresh = run(Divergence, "out"), run(Divergence, "fresh")
     assert again is not None and fresh is not None
-    for name, estimate in again.measured.items():
-        torch.testing.assert_close(estimate.value, fresh.measured[name].value, rtol=0, atol=0, equal_nan=True)
+    for name, estimate in again.tables.items():
+        torch.testing.assert_close(estimate.value, fresh.tables[name].value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_checkpoint_that_is_gone_certifies_nothing(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_the_command_to_repeat_a_run_can_be_pasted_into_a_shell_whatever_its_pro
 ) -> None:
     prompt = "it's \x1b[201~ \u202e a\tnew\nline \\ é"
     monkeypatch.setattr(sys, "argv", ["experiment", "--prompt", prompt, "--factors", "0.5"])
-    command = commandline._as_typed("divergence")
-    assert command.isprintable()
-    shown = f"printf '%s\\0' {command}"
+    typed = command._as_typed("divergence")
+    assert typed.isprintable()
+    shown = f"printf '%s\\0' {typed}"
     words = subprocess.run(["bash", "-c", shown], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
     assert words.decode().split("\0")[-4:-1] == [prompt, "--factors", "0.5"]

@@ -15,11 +15,15 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from experiments import claims, divergence, runner, train
-from experiments.common import parse_indices, parse_numbers, results_in
-from experiments.curves import Curves
-from experiments.estimates import Estimate, Estimates, of_text
-from experiments.verdicts import Decision, Verdict
+from experiments.divergence import claims
+from experiments.divergence import study as divergence
+from experiments.divergence.rows import measured
+from experiments.harness import experiment as harness
+from experiments.harness.options import parse_indices, parse_numbers
+from experiments.harness.output import results_in
+from experiments.harness.table import Table, Tables, of_text
+from experiments.harness.verdicts import Decision, Verdict
+from experiments.tools import train
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.files import open_tensors
 from minigpt.measures import Statistics, inner_products, squared_norms
@@ -45,7 +49,7 @@ def run_main(
     """Run an experiment's command line: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["experiment", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: typer.run(main))
+        cli.run(main)
     captured = capfd.readouterr()
     return int(stopped.value.code or 0), captured.out, captured.err
 
@@ -59,7 +63,7 @@ def run_whole(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 @pytest.fixture
 def run(run_whole: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The same without the figures and the report, which take longer than all the rest."""
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(harness, "_draw", lambda *_: None)
     return run_whole
 
 
@@ -68,10 +72,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of the default study."""
     folder = tmp_path_factory.mktemp("study") / "results"
     factors = parse_numbers("0.5:1.5:0.05", "--factors")
-    settings = divergence.GridSettings(model=str(TINY), prompt=runner.PROMPT, layers=(2,), factors=factors)
+    settings = divergence.GridSettings(model=str(TINY), prompt=harness.PROMPT, layers=(2,), factors=factors)
     experiment = divergence.Divergence(settings)
-    study = runner.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    runner.write(experiment, study, folder)
+    study = harness.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    harness.write(experiment, study, folder)
     return folder
 
 
@@ -99,7 +103,7 @@ def test_the_table_is_tidy_and_whole(finished: Path) -> None:
 
 def test_an_independent_computation_with_a_hook_gives_the_same_frobenius(finished: Path) -> None:
     theirs = parity.load_transformers(TINY, torch.float32)
-    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(runner.PROMPT)])
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(harness.PROMPT)])
     clean = streams_by_hook(theirs, ids, 1.0)
     for factor in (0.5, 0.75, 1.5):
         expected = (streams_by_hook(theirs, ids, factor) - clean)[:, 0, 1:].flatten(1).norm(dim=1)
@@ -123,7 +127,7 @@ def test_the_summary_says_what_ran_and_what_came_of_it(finished: Path) -> None:
     assert all(check["passed"] for check in summary["checks"])
     assert [verdict["number"] for verdict in summary["verdicts"]] == [1, 2, 3, 4, 5]
     assert summary["versions"]["torch"] == torch.__version__
-    assert "".join(summary["tokens"]) == runner.PROMPT
+    assert "".join(summary["tokens"]) == harness.PROMPT
 
 
 def test_the_saved_sweep_holds_the_numbers_of_the_table(finished: Path) -> None:
@@ -235,13 +239,25 @@ def test_a_model_that_is_not_certified_is_refused_unless_asked_for(run: Run, tmp
     assert "not checked" in json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
 
 
+def test_a_model_that_cannot_be_compared_runs_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = parity.Certificate("not comparable", "", problems=("Its blocks are not GPT-2's.",))
+    monkeypatch.setattr(parity, "certify", lambda _: certificate)
+    code, out, err = run("--factors", "0.5", "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "parity: not comparable. Its blocks are not GPT-2's." in out
+    said = json.loads((tmp_path / "out" / "summary.json").read_text())["parity"]
+    assert said["verdict"] == "not comparable"
+
+
 def test_another_experiments_files_leave_with_its_summary_and_no_name_reaches_further(tmp_path: Path) -> None:
     own = ["skip_layer.csv", "skip_layer_*.png", "skip_layer_*.svg"]
     for name, pattern in (("skip_layer", own), ("*", []), ("../thesis", []), (None, []), (["a"], [])):
         (tmp_path / "summary.json").write_text(json.dumps({"experiment": name}))
-        assert runner._of_former_run(tmp_path) == pattern
+        assert harness._of_former_run(tmp_path) == pattern
     (tmp_path / "summary.json").write_text("[")
-    assert runner._of_former_run(tmp_path) == []
+    assert harness._of_former_run(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_the_finished_run(tmp_path: Path) -> None:
@@ -356,14 +372,24 @@ def evidence_of(
 
 def judged(result: Sweep, upstream: float = 0.0, spread: float = 0.0) -> dict[int, str]:
     """Verdicts on a sweep of one layer; `spread` makes intervals of that half width around all that is measured."""
-    measured: Estimates = of_text(claims.evidence(result, ()))
-    if spread:
-        measured = {
-            name: Estimate(of.value, {"low": of.value - spread, "high": of.value + spread})
-            for name, of in measured.items()
-        }
-    verdicts = claims.judge(Curves.of_text(result), measured, [upstream], "a made-up stream")
+    verdicts = verdicts_on(tables_of(result, spread), result, upstream)
     return {verdict.number: verdict.verdict for verdict in verdicts}
+
+
+def tables_of(result: Sweep, spread: float = 0.0) -> Tables:
+    """What the study makes of a sweep's first text."""
+    tables = measured(result)
+    found = of_text({**tables, **claims.evidence(tables["values"])})
+    if not spread:
+        return found
+    return {
+        name: Table(of.axes, of.value, {"low": of.value - spread, "high": of.value + spread})
+        for name, of in found.items()
+    }
+
+
+def verdicts_on(tables: Tables, result: Sweep, upstream: float = 0.0) -> list[Verdict]:
+    return claims.judge(tables, result.site, result.positions, [upstream], "a made-up stream")
 
 
 def verdicts_of(
@@ -383,7 +409,7 @@ def test_a_change_that_keeps_growing_is_not_healed() -> None:
 
 def test_growth_that_the_stream_outgrows_is_called_dilution() -> None:
     result = evidence_of(both([0, 1, 1.5, 2, 2]), [3, 3, 4, 8, 1])
-    verdict = claims.judge(Curves.of_text(result), of_text(claims.evidence(result, ())), [0.0], "")[2]
+    verdict = verdicts_on(tables_of(result), result)[2]
     assert verdict.verdict == "does not hold"
     assert "dilution" in verdict.sentence
     assert verdict.figures["relative_over_passive"] == pytest.approx([2.0, 2.0])
@@ -398,7 +424,7 @@ def test_a_change_that_grows_in_length_and_turns_back_is_healed() -> None:
     growing = both([0, 1, 2, 3, 2])
     assert judged(evidence_of(growing, [4.0] * 5, across=(0, 0.1, 0.2, 0.3, 0)))[3] == "holds"
     result = evidence_of(growing, [4.0] * 5, across=(0, 0.9, 0.2, 0.01, 0))
-    verdict = claims.judge(Curves.of_text(result), of_text(claims.evidence(result, ())), [0.0], "")[2]
+    verdict = verdicts_on(tables_of(result), result)[2]
     assert verdict.verdict == "does not hold"
     assert "turns back" in verdict.sentence, "the stream did not outgrow it"
 
@@ -475,22 +501,23 @@ def test_factor_1_alone_decides_nothing(model: GPT2, ids: torch.Tensor) -> None:
 
 def test_evidence_is_made_of_the_measures(model: GPT2, ids: torch.Tensor) -> None:
     result = sweep(model, ids, (1,), (0.5, 1.5), predictions=True)
-    found = claims.evidence(result, [result, result])
-    statistics = result.statistics
-    relative, passive = (statistics.measure(name, "rest")[0, :, 4] for name in ("relative", "passive"))
-    torch.testing.assert_close(found["growth"][:, 0].exp(), (relative / passive).T)
-    torch.testing.assert_close(found["alignment"][:, 0, :, 3], statistics.measure("alignment", "rest")[0, :, 4].T)
-    torch.testing.assert_close(found["alone"][:, 0, 1, 0], statistics.measure("kl", "all")[0, :, -1].T)
-    ratio = statistics.measure("frobenius", "all") / statistics.measure("frobenius", "rest")
-    torch.testing.assert_close(found["with_first"][:, 0, :, 2:].exp(), ratio[0, :, 2:5].permute(2, 0, 1))
-    assert {name: tensor.shape[0] for name, tensor in found.items()} == dict.fromkeys(found, 2)
+    table = measured(result)["values"]
+    found = claims.evidence(table) | claims.alone([result, result])
+    relative, passive = (result.measure(name, "rest")[0, :, 4] for name in ("relative", "passive"))
+    torch.testing.assert_close(found["growth"].at(layer=1).value.exp(), (relative / passive).T)
+    alone = found["alone"].at(layer=1, who="position_0", metric="kl").value
+    torch.testing.assert_close(alone, result.measure("kl", "all")[0, :, -1].T)
+    ratio = result.measure("frobenius", "all") / result.measure("frobenius", "rest")
+    with_first = found["with_first"].at(layer=1, depth=[2, 3, 4]).value.exp()
+    torch.testing.assert_close(with_first, ratio[0, :, 2:5].permute(2, 0, 1))
+    assert {name: table.value.shape[0] for name, table in found.items()} == dict.fromkeys(found, 2)
 
 
 def test_scaling_position_0_alone_is_told_from_scaling_the_others(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     figures = summary["verdicts"][3]["figures"]
     assert figures["alone_factors"] == [0.5, 1.5]
-    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(runner.PROMPT)])
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(harness.PROMPT)])
     model = GPT2.from_pretrained(TINY)
     for who, positions in (("position_0", [0]), ("others", range(1, ids.shape[1]))):
         alone = sweep(model, ids, [2], [0.5, 1.5], positions=positions, predictions=True).statistics
@@ -539,7 +566,7 @@ def train_in(run_train: Run, corpus: Path, output: Path, steps: int) -> str:
 @pytest.fixture
 def run_train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the training's command line."""
-    return lambda *arguments: run_main(train.main, monkeypatch, capfd, *arguments)
+    return lambda *arguments: run_main(lambda: typer.run(train.main), monkeypatch, capfd, *arguments)
 
 
 def test_training_learns_and_leaves_a_certified_checkpoint(run_train: Run, corpus: Path, tmp_path: Path) -> None:

@@ -17,12 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt import GPT2, Tokenizer, scaled
+from experiments.page.figures import place_names
+from minigpt import GPT2, Tokenizer, compare, scaled, sweep
 from tests.conftest import CHROMIUM, ROOT, TINY
 
 pytest.importorskip("marimo", reason="the tour needs marimo: pip install -e '.[tour]'")
 
-from experiments import claims, tour
+from experiments.divergence import claims
+from experiments.divergence.study import Divergence, GridSettings
+from experiments.harness.experiment import run_prompt
+from experiments.harness.options import parse_numbers
+from experiments.tour import charts, tour
 
 HOSTILE = "</script><img src=x onerror=alert(1)> **bold** <b>x</b> $x$ &amp;"
 TITLES = [
@@ -56,8 +61,10 @@ def tokenizer() -> Tokenizer:
 def figures(model: GPT2, ids: torch.Tensor, **moved: float) -> dict[str, float]:
     """The numbers below the sliders, where some were moved."""
     at_rest = {"block": 2, "output": 1.0, "attention": 1.0, "mlp": 1.0, "head": 0, "head_scale": 1.0}
-    scales = tour.scales_of(model.config.n_head, **{**at_rest, **moved})
-    return tour.figures_of(tour.compare(model, ids, [scales], predictions=True).statistics)
+    scales = charts.scales_of(model.config.n_head, **{**at_rest, **moved})
+    comparison, names = compare(model, ids, [scales], predictions=True), place_names(model.config.n_layer)
+    site = names[int(moved.get("block", 2)) + 1]
+    return charts.figures_of(comparison, charts.compared(comparison, names), site)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -69,7 +76,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def test_it_runs_as_a_script_without_a_word(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "experiments/tour.py"]
+    command = [sys.executable, "-W", "error", "experiments/tour/tour.py"]
     ran = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
@@ -84,9 +91,8 @@ def test_the_figures_are_those_of_a_direct_computation(shown: dict[str, Any], ti
     kl = (clean_logits.exp() * (clean_logits - logits)).sum(-1)
     expected = [kl[-1], kl[1:].mean(), difference[3], difference[-1], difference[-1] / clean[-1].norm()]
     assert list(shown["figures"].values()) == pytest.approx([float(value) for value in expected], rel=1e-4)
-    assert [row["value"] for row in tour.frobenius_rows(shown["statistics"], shown["names"])][:-1] == pytest.approx(
-        difference.tolist(), rel=1e-4
-    )
+    frobenius = shown["change"].at(metric="frobenius").value[:-1]
+    assert frobenius.tolist() == pytest.approx(difference.tolist(), rel=1e-4)
 
 
 def test_the_ten_tokens_are_those_of_a_direct_computation(
@@ -112,9 +118,9 @@ def test_every_slider_changes_every_figure(shown: dict[str, Any], tiny: GPT2) ->
 
 
 def test_the_code_shown_does_what_the_sliders_do(shown: dict[str, Any], tiny: GPT2) -> None:
-    scales = tour.scales_of(tiny.config.n_head, 4, 1.0, 0.15000000000000002, 1.0, 2, 0.3)
+    scales = charts.scales_of(tiny.config.n_head, 4, 1.0, 0.15000000000000002, 1.0, 2, 0.3)
     names: dict[str, Any] = {"torch": torch, "scaled": scaled, "model": tiny, "ids": shown["ids"]}
-    exec(tour.code_of(scales), names)
+    exec(charts.code_of(scales), names)
     assert list(names["change"]) == ["blocks.4.attention_scale", "blocks.4.attention.head_scale"]
     with torch.no_grad(), scaled(tiny, scales):
         assert torch.equal(names["logits"], tiny(shown["ids"]))
@@ -124,16 +130,28 @@ def test_the_places_are_named_by_what_wrote_last(shown: dict[str, Any]) -> None:
     assert shown["names"] == ["embeddings", *(f"block {layer}" for layer in range(12)), "final norm"]
 
 
-def test_the_sentence_on_alignment_names_the_blocks_that_repair(shown: dict[str, Any]) -> None:
-    result, names = shown["result"], shown["names"]
-    sentence = tour.alignment_sentence(result, names)
-    values = result.statistics.alignment(tour.rest_of(result.statistics))[0, :, :, 0]
+def test_the_sentence_on_alignment_names_the_blocks_that_repair(shown: dict[str, Any], tiny: GPT2) -> None:
+    result, names = sweep(tiny, shown["ids"], [2]), shown["names"]
+    sentence = charts.alignment_sentence(shown["rest"])
+    values = result.measure("alignment", "rest")[0, :, :, 0]
     for factor in (0.5, 1.5):
         part = sentence[sentence.index(f"At factor {factor:g}") :].split(" The strongest")[0]
         negative = values[result.factors.index(factor)] < 0
         assert re.findall(r"block \d+", part) == [
             name for name, is_negative in zip(names, negative, strict=True) if is_negative
         ]
+
+
+def test_its_numbers_are_the_rows_of_the_study(shown: dict[str, Any], tiny: GPT2, tokenizer: Tokenizer) -> None:
+    """Of a study that ran every layer; what comes from other products differs by rounding."""
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")
+    settings = GridSettings(model=str(TINY), prompt=tour.PROMPT, parity=False, layers=(2,), factors=factors)
+    study = run_prompt(Divergence(settings), tiny, tokenizer)
+    table = study.tables["values"].at(layer=2)
+    assert table.axes["factor"] == shown["everywhere"].axes["factor"]
+    torch.testing.assert_close(shown["everywhere"].value, table.value, rtol=1e-3, atol=1e-4, equal_nan=True)
+    norms = study.tables["norms"].value
+    torch.testing.assert_close(shown["norms"].value, norms, rtol=1e-6, atol=0)
 
 
 def test_the_verdicts_are_about_the_five_claims(shown: dict[str, Any]) -> None:
@@ -152,12 +170,12 @@ def test_the_verdicts_are_about_the_five_claims(shown: dict[str, Any]) -> None:
     ],
 )
 def test_a_bad_prompt_gets_a_sentence_and_stops_the_rest(text: str, says: str, tokenizer: Tokenizer) -> None:
-    ids, problem = tour.read_prompt(tokenizer, text, 256)
+    ids, problem = charts.read_prompt(tokenizer, text, 256)
     assert ids == []
     assert says in problem
     assert problem.endswith(".") and "\n" not in problem
     defined = tour.app.run(defs={"text": SimpleNamespace(value=text)})[1]
-    assert "result" not in defined and "statistics" not in defined
+    assert "rest" not in defined and "change" not in defined
 
 
 def test_the_shortest_prompt_runs() -> None:
@@ -167,7 +185,7 @@ def test_the_shortest_prompt_runs() -> None:
 
 
 def test_the_longest_prompt_runs(tiny: GPT2, tokenizer: Tokenizer) -> None:
-    ids, problem = tour.read_prompt(tokenizer, "the " * 255, 256)
+    ids, problem = charts.read_prompt(tokenizer, "the " * 255, 256)
     assert (len(ids), problem) == (256, "")
     assert figures(tiny, torch.tensor([ids]), output=0.5)["KL after the text (nats)"] > 0
 
@@ -179,10 +197,10 @@ def text_of(html: str) -> str:
 
 def test_texts_are_never_markup(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.tokens(tokenizer.encode(HOSTILE))
-    row = tour.tokens_html(tokens, range(len(tokens)))
-    whole = tour.tokens_html([HOSTILE], [0])
-    table = tour.likely_html([(0, HOSTILE, 0.5)], [(1, HOSTILE, 0.25)])
-    sentence = json.loads(unescape(re.findall("data-html='([^']*)'", tour.note(HOSTILE).text)[0]))
+    row = charts.tokens_html(tokens, range(len(tokens)))
+    whole = charts.tokens_html([HOSTILE], [0])
+    table = charts.likely_html([(0, HOSTILE, 0.5)], [(1, HOSTILE, 0.25)])
+    sentence = json.loads(unescape(re.findall("data-html='([^']*)'", charts.note(HOSTILE).text)[0]))
     for html in (row, whole, table, sentence):
         assert not re.search("<(script|img|b|strong|/script)[ >]", html)
     assert all(token.replace(" ", "·") in text_of(row) for token in tokens)
@@ -198,7 +216,7 @@ def served(home: Path) -> Iterator[tuple[str, Path]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--headless", "--port", str(port), "--host", "127.0.0.1", "--no-token"]
-    command = [sys.executable, "-m", "marimo", "run", "experiments/tour.py", *options]
+    command = [sys.executable, "-m", "marimo", "run", "experiments/tour/tour.py", *options]
     log = home / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=file, stderr=file)

@@ -1,6 +1,5 @@
-"""What every experiment's command line shares: lists and ranges, the text, the output folder."""
+"""The output folder: held by one run at a time, and written all or nothing."""
 
-import math
 import os
 import shutil
 import tempfile
@@ -11,7 +10,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minigpt import Tokenizer
 from minigpt.files import naming, read_json, settle, sync
 
 SUMMARY = "summary.json"
@@ -19,70 +17,13 @@ MOST_SUMMARY = 64 * 2**20
 """Bytes of a summary that is read."""
 LOCK = ".lock"
 SCRATCH = ".writing."
-MOST_NUMBERS = 10_000
-"""Of a range: enough for any curve, few enough not to fill the memory by a slip of the finger."""
 
 
-def parse_indices(text: str, count: int, what: str) -> tuple[int, ...]:
-    """`2`, `2,5`, `0:11:1` or `all`: of layers, heads or positions. Raises ValueError for anything else."""
-    if text == "all":
-        return tuple(range(count))
-    indices, option = [], f"--{what}s"
-    for value in parse_numbers(text, option, "all, a list such as 2,5 or a range such as 0:11:1"):
-        if value != int(value) or not 0 <= value < count:
-            raise ValueError(f"{option} {text}: {value:g} is not a {what}; the model has {what}s 0 to {count - 1}.")
-        indices.append(int(value))
-    return tuple(indices)
-
-
-def parse_numbers(
-    text: str, option: str, expected: str = "finite numbers such as 0.5,2 or a range such as 0.5:1.5:0.05"
-) -> tuple[float, ...]:
-    """Numbers and ranges START:STOP:STEP, both ends included, separated by commas.
-
-    Raises ValueError when a part is neither, or is not finite.
-    """
-    return tuple(value for part in text.split(",") for value in _numbers_of(part, option, text, expected))
-
-
-def _numbers_of(part: str, option: str, text: str, expected: str) -> list[float]:
-    try:
-        numbers = [float(number) for number in part.split(":")]
-    except ValueError:
-        numbers = []
-    if not all(math.isfinite(number) for number in numbers) or len(numbers) not in (1, 3):
-        raise ValueError(f"{option} {text!r}: expected {expected}.")
-    if len(numbers) == 1:
-        return numbers
-    start, stop, step = numbers
-    if step <= 0 or stop < start:
-        raise ValueError(f"{option} {text}: a range goes up, START:STOP:STEP with STEP above 0.")
-    count = math.floor((stop - start) / step + 1e-9) + 1
-    if count > MOST_NUMBERS:
-        raise ValueError(f"{option} {text}: {count} numbers are more than {MOST_NUMBERS}; take a larger STEP.")
-    # twelve digits: 0.5 + 10 * 0.05 is 1, not 1.0000000000000002
-    return [round(start + step * index, 12) for index in range(count)]
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, n_positions: int) -> list[int]:
-    """Token ids of a prompt that leaves something to measure.
-
-    Raises ValueError for an empty prompt, a single token, and one longer than the model's positions.
-    """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("The prompt is empty; give a sentence.")
-    if len(ids) == 1:
-        raise ValueError(f"The prompt {prompt!r} is one token; nothing is left without the first: give a longer one.")
-    if len(ids) > n_positions:
-        raise ValueError(f"The prompt has {len(ids)} tokens; the model has {n_positions} positions: shorten it.")
-    return ids
-
-
-def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: Sequence[str]) -> None:
+def check_output(folder: Path, settings: dict[str, Any], code: str, overwrite: bool, own: Sequence[str]) -> None:
     """Refuse, with a ValueError, a folder that cannot be written or that holds anything but this very run.
 
-    Files by the patterns `own` that stand there without a summary are the remains of a run that was killed.
+    `code` is the digest of what computes the numbers. Files by the patterns `own` that stand there without a summary
+    are the remains of a run that was killed.
     """
     parent = folder if folder.exists() else next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir():
@@ -96,23 +37,29 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool, own: S
     if not foreign:
         return
     try:
-        found = read_json(folder / SUMMARY, MOST_SUMMARY)["settings"]
-    except (OSError, ValueError, LookupError, TypeError):
+        found = read_json(folder / SUMMARY, MOST_SUMMARY)
+        found_settings, found_code = found["settings"], found.get("code")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         names = ", ".join(sorted(path.name for path in foreign)[:3])
         raise ValueError(
             f"--output {folder} holds other files ({names}), which --overwrite would leave where they are; "
             "choose another folder, or add --overwrite."
         ) from None
-    if found != settings:
+    if found_settings != settings:
         raise ValueError(f"--output {folder} holds a run with other settings; choose another, or add --overwrite.")
+    if found_code != code:
+        raise ValueError(
+            f"--output {folder} holds this run, but the code has changed since; choose another folder, or add "
+            "--overwrite to measure again."
+        )
 
 
 @contextmanager
-def claimed(folder: Path, settings: dict[str, Any], overwrite: bool, own: Sequence[str]) -> Iterator[None]:
+def claimed(folder: Path, settings: dict[str, Any], code: str, overwrite: bool, own: Sequence[str]) -> Iterator[None]:
     """Hold an output folder for this run alone. Raises ValueError as `check_output` and `alone_in` do."""
-    check_output(folder, settings, overwrite, own)
+    check_output(folder, settings, code, overwrite, own)
     with alone_in(folder):
-        check_output(folder, settings, overwrite, own)  # another run may have ended between
+        check_output(folder, settings, code, overwrite, own)  # another run may have ended between
         yield
 
 

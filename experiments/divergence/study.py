@@ -15,25 +15,47 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 from tqdm import tqdm
 
-from experiments import claims
-from experiments.commandline import command, start
-from experiments.common import parse_indices, parse_numbers
-from experiments.curves import Curves, measure
-from experiments.estimates import Row
-from experiments.figures import Figures
-from experiments.runner import SHORTEST, Checked, Experiment, Ids, Settings, Start, Study, can_draw, self_checked
-from experiments.verdicts import Verdict, describe_entry
+from experiments.divergence import claims
+from experiments.divergence.rows import COLUMNS, in_words, layer_of, measured, scaled_in, tokens_of
+from experiments.harness.command import command
+from experiments.harness.experiment import (
+    SHORTEST,
+    Checked,
+    Experiment,
+    Ids,
+    Settings,
+    Start,
+    Study,
+    can_draw,
+    self_checked,
+)
+from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.table import Row, Table, Tables
+from experiments.harness.verdicts import Verdict, describe_entry
+from experiments.page.figures import Figures
 from minigpt import GPT2, Sweep, sweep
-from minigpt.engine import Place
 from minigpt.parameters import Site, check_site
 from minigpt.selfcheck import rounding_errors
 from minigpt.sweep import StreamOverflowError
 
 MOST_CELLS = 4_000_000
 """Layers x factors x places x positions of a sweep that only the report needs: its numbers take about 250 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(Options):
+    """Scale a site of some layers by some factors, and follow the change to the last layer."""
+
+    layers: Layers = "2"
+    factors: Annotated[str, typer.Option(help="0.5,2 | 0.5:1.5:0.05, both ends included")] = "0.5:1.5:0.05"
+    site: Annotated[str, typer.Option(help="output | attention | mlp | head")] = "output"
+    heads: Annotated[str, typer.Option(help="for the site head: all | 0,3")] = "all"
+    positions: Annotated[str, typer.Option(help="the positions that alone are scaled: all | 0,3")] = "all"
+    no_predictions: Annotated[
+        bool, typer.Option("--no-predictions", help="leave out kl and loss, which take the unembedding")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,32 +93,22 @@ class Divergence(Experiment[Runs]):
 
     name = "divergence"
     question = "A block's output is scaled: does the change heal or grow on its way to the last layer?"
+    options = GridOptions
     settings: GridSettings
 
     @classmethod
-    def from_options(
-        cls,
-        begin: Start,
-        *,
-        layers: Annotated[str, typer.Option(help="2 | 2,5 | all; counted from 0")] = "2",
-        factors: Annotated[str, typer.Option(help="0.5,2 | 0.5:1.5:0.05, both ends included")] = "0.5:1.5:0.05",
-        site: Annotated[str, typer.Option(help="output | attention | mlp | head")] = "output",
-        heads: Annotated[str, typer.Option(help="for the site head: all | 0,3")] = "all",
-        positions: Annotated[str, typer.Option(help="the positions that alone are scaled: all | 0,3")] = "all",
-        no_predictions: Annotated[
-            bool, typer.Option("--no-predictions", help="leave out kl and loss, which take the unembedding")
-        ] = False,
-    ) -> "Divergence":
-        """Scale a site of some layers by some factors, and follow the change to the last layer."""
-        at = begin.indices(positions, "position")
+    def from_options(cls, begin: Start[GridOptions]) -> "Divergence":
+        """The grid that was asked for; a window of a corpus holds every scaled position."""
+        asked = begin.options
+        at = begin.indices(asked.positions, "position")
         settings = GridSettings(
-            **begin.settings(shortest=max(SHORTEST, 1 + max(at or [0]))),  # a window holds every scaled position
-            layers=parse_indices(layers, begin.model.config.n_layer, "layer"),
-            factors=parse_numbers(factors, "--factors"),
-            site=check_site(site),
-            heads=begin.indices(heads, "head"),
+            **begin.settings(shortest=max(SHORTEST, 1 + max(at or [0]))),
+            layers=begin.layers(asked.layers),
+            factors=parse_numbers(asked.factors, "--factors"),
+            site=check_site(asked.site),
+            heads=begin.indices(asked.heads, "head"),
             positions=at,
-            predictions=not no_predictions,
+            predictions=not asked.no_predictions,
         )
         return cls(settings)
 
@@ -121,9 +133,12 @@ class Divergence(Experiment[Runs]):
         except StreamOverflowError:
             return None
 
-    def measure(self, model: GPT2, raw: Runs) -> dict[str, Tensor]:  # noqa: ARG002
-        """The curves, and what decides the claims."""
-        return {**measure(raw.result), **claims.evidence(raw.result, raw.alone)}
+    def measure(self, model: GPT2, raw: Runs) -> Tables:  # noqa: ARG002
+        """The rows of every layer that ran, and what decides the claims about those that were asked for."""
+        tables = measured(raw.whole)
+        asked = tables["values"].at(layer=scaled_in(raw.result))
+        tokens = {} if self.settings.texts else tokens_of(raw.whole)
+        return {**tables, **tokens, **claims.evidence(asked), **claims.alone(raw.alone)}
 
     def check(self, model: GPT2, raw: Runs) -> Checked:
         """Try the sweep against what must be true of any weights, and half precision against float32."""
@@ -142,17 +157,19 @@ class Divergence(Experiment[Runs]):
         finally:
             torch.set_float32_matmul_precision(self.settings.matmul_precision)
 
-    def curves(self, study: Study[Runs]) -> Curves:
-        """What was measured, on the axes of the grid."""
-        return Curves.of_grid(study.raw.result, study.measured["values"], study.measured["norms"], study.windows)
+    def table(self, study: Study[Runs]) -> Table:
+        """Every measure of every cell that was asked for: [positions, metric, layer, factor, depth]."""
+        return study.tables["values"].at(layer=scaled_in(study.raw.result))
 
     def rows(self, study: Study[Runs]) -> Iterator[Row]:
         """Every measure of every cell at every place."""
-        return self.curves(study).rows(self.settings.model)
+        for row in self.table(study).rows(model=self.settings.model, site=self.settings.site):
+            yield {**{name: row[name] for name in COLUMNS if name in row}, **row}
 
     def verdicts(self, study: Study[Runs]) -> list[Verdict]:
         """Every claim's verdict for every studied site."""
-        return claims.judge(self.curves(study), study.measured, study.checked.details["upstream"], study.basis)
+        tables, asked = {**study.tables, "values": self.table(study)}, self.settings
+        return claims.judge(tables, asked.site, asked.positions, study.checked.details["upstream"], study.basis)
 
     def summary(self, study: Study[Runs]) -> dict[str, Any]:
         """The factors that needed no run, and the errors of lower precision."""
@@ -170,33 +187,32 @@ class Divergence(Experiment[Runs]):
             where, dtype = describe_entry(error["layer"], error["head"]), self.settings.dtype
             yield f"  {dtype} beside float32, {where}, factor {error['factor']:g}: off by up to {error['error']:.2g}"
         yield ""
-        yield from _table(self.curves(study), columns)
+        yield from self._by_depth(study, columns)
+
+    def _by_depth(self, study: Study[Runs], columns: int) -> Iterator[str]:
+        """The difference by depth of the first entry, for as many factors as the terminal has room for."""
+        table, asked = self.table(study), self.settings
+        first, factors = table.axes["layer"][0], table.axes["factor"]
+        values = table.at(metric="frobenius", positions="rest", layer=first).value
+        shown, where = spread(len(factors), (columns - 24) // 8), in_words(first, asked.site, asked.positions)
+        of, sites = "" if study.windows is None else f", mean of {study.windows} windows", len(table.axes["layer"])
+        yield f"Frobenius norm of scaled minus clean{of}, all positions but the first; scaled: {where}"
+        yield f"({len(shown)} of {len(factors)} factors, 1 of {sites} sites; all are in divergence.csv):"
+        yield f"{'depth':>10}  " + "".join(f"{factors[j]:>8g}" for j in shown)
+        for place, depth in enumerate(table.axes["depth"]):
+            mark = f"  <- {where}, scaled" if place == layer_of(first) + 1 else ""
+            yield f"{depth or 'embeddings':>10}  " + "".join(f"{values[j, place]:8.2f}" for j in shown) + mark
+        yield ""
 
     def figures(self, study: Study[Runs]) -> Figures:
         """The report's charts."""
-        from experiments.divergence_figures import figures  # noqa: PLC0415  an extra
+        from experiments.divergence.figures import figures  # noqa: PLC0415  an extra
 
-        return figures(study, self.curves(study))
+        return figures(study, self.settings.site, self.settings.positions)
 
 
-def _bar(shown: bool, places: Iterable[Place], total: int) -> Iterable[Place]:
+def _bar(shown: bool, places: Iterable[Any], total: int) -> Iterable[Any]:
     return tqdm(places, total=total, unit="depth", leave=False, disable=None if shown else True)
-
-
-def _table(curves: Curves, columns: int) -> Iterator[str]:
-    """The difference by depth, for as many factors as the terminal has room for."""
-    values = curves.of("frobenius", "rest")[0]
-    shown = spread(len(curves.factors), (columns - 24) // 8)
-    of = "" if curves.windows is None else f", mean of {curves.windows} windows"
-    yield f"Frobenius norm of scaled minus clean{of}, all positions but the first; scaled: {curves.where(0)}"
-    sites = f"1 of {len(curves.layers)} sites"
-    yield f"({len(shown)} of {len(curves.factors)} factors, {sites}; all are in divergence.csv):"
-    yield f"{'depth':>10}  " + "".join(f"{curves.factors[j]:>8g}" for j in shown)
-    for place in range(values.shape[1]):
-        name = {0: "embeddings", values.shape[1] - 1: "final"}.get(place, str(place))
-        mark = f"  <- {curves.where(0)}, scaled" if place == curves.layers[0] + 1 else ""
-        yield f"{name:>10}  " + "".join(f"{values[j, place]:8.2f}" for j in shown) + mark
-    yield ""
 
 
 def spread(count: int, room: int) -> range:
@@ -206,7 +222,4 @@ def spread(count: int, room: int) -> range:
     return range(0, count, step)
 
 
-main = command(Divergence.from_options)
-
-if __name__ == "__main__":
-    start(main)
+main = command(Divergence)

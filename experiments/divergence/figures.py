@@ -1,15 +1,16 @@
 """The divergence study's charts and the data behind them."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from experiments import charts
-from experiments.curves import Curves
-from experiments.estimates import Estimate
-from experiments.figures import Control, Figure, Figures, likeliest_cells, place_names, rounded, token_labels
-from experiments.runner import Study
+from experiments.divergence.rows import Scaled, in_words, layer_of, scaled_in
+from experiments.harness.experiment import Study
+from experiments.harness.table import Row, Table
+from experiments.page import charts
+from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, place_names, token_labels
 from minigpt import Sweep
 from minigpt.measures import POSITION_SETS, UNITS, Measure
 
@@ -29,23 +30,25 @@ OUTPUT: dict[Measure, tuple[str, str]] = {
     "changed": ("Which predictions change", "Where the most likely next token is another."),
 }
 """Measures of predictions: title and note of each chart."""
-PARTS = {"attention": "attention_", "MLP": "mlp_", "both": ""}
+ALIGNMENTS: dict[Measure, str] = {"attention_alignment": "attention", "mlp_alignment": "MLP", "alignment": "both"}
+WRITTEN: dict[Measure, str] = {
+    "attention_written": "written by attention",
+    "mlp_written": "written by MLP",
+    "written": "written by the block",
+}
+CARRIED = "carried"
+"""The parts of what a block does, as the charts name them."""
 
 
-def figures(study: Study[Any], curves: Curves) -> Figures:
-    """All the charts: of a prompt over every layer, over a corpus over the studied ones."""
-    shown = Shown.of(study, curves)
+def figures(study: Study[Any], site: str, positions: tuple[int, ...] | None) -> Figures:
+    """All the charts: of a prompt over every layer that ran, over a corpus over the studied ones."""
+    shown = Shown(study, site, positions)
     data = shown.data()
     of_blocks = dict.fromkeys(("alignment", "written"), shown.blocks)
     factors = [f"{factor:g}" for factor in shown.factors]
     named = {"curves": shown.places, "tokens": shown.places, "output": factors, **of_blocks}
     return Figures(
-        figures=[
-            *shown.charts_of_curves(),
-            *shown.charts_of_blocks(),
-            *shown.charts_of_output(),
-            *shown.charts_of_tokens(),
-        ],
+        figures=[*shown.of_curves(), *shown.of_blocks(), *shown.of_output(), *shown.of_tokens()],
         data=data,
         places={name: places for name, places in named.items() if name in data},
         controls=shown.controls(),
@@ -60,26 +63,28 @@ def _title(name: Measure) -> str:
 
 
 class Shown:
-    """What a page shows of a study: its curves, and of a prompt also its tokens and predictions."""
+    """What a page shows of a study: the rows of its table, and of a prompt also its tokens and predictions."""
 
-    def __init__(self, study: Study[Any], curves: Curves, whole: Sweep | None) -> None:
-        self.study, self.curves, self.whole = study, curves, whole
+    def __init__(self, study: Study[Any], site: str, positions: tuple[int, ...] | None) -> None:
+        self.study, self.site = study, site
+        self.whole: Sweep | None = None if study.counts else study.raw.whole
+        table = study.tables["values"]
         self.places = place_names(study.n_layer)
         self.blocks = self.places[1:-1]
-        of_cell = len(self.places) * (len(POSITION_SETS) * (len(SHOWN) + 8) + (len(study.tokens) if whole else 0))
+        of_cell = len(self.places) * (len(POSITION_SETS) * (len(SHOWN) + 8) + (len(study.tokens) if self.whole else 0))
         most = max(1, MOST_NUMBERS // of_cell)
-        self.studied = study_entry(study, curves)
-        chosen = _thinned(range(len(curves.layers)), most)
-        self.shown = sorted({*chosen, self.studied})
-        self.entries = [curves.where(entry) for entry in self.shown]
-        self.factors = [curves.factors[j] for j in _thinned(range(len(curves.factors)), most // len(self.shown))]
+        known, factors = list(table.axes["layer"]), list(table.axes["factor"])
+        studied = scaled_in(study.raw.result)[0]
+        chosen = {*_thinned(range(len(known)), most), known.index(studied)}
+        self.shown: list[Scaled] = [known[index] for index in sorted(chosen)]
+        self.entries = [in_words(scaled, site, positions) for scaled in self.shown]
+        self.studied = in_words(studied, site, positions)
+        self.factors: list[float] = [factors[j] for j in _thinned(range(len(factors)), most // len(self.shown))]
 
-    @classmethod
-    def of(cls, study: Study[Any], curves: Curves) -> "Shown":
-        """Of a prompt every layer that ran, over a corpus the studied ones."""
-        if study.counts:
-            return cls(study, curves, None)
-        return cls(study, Curves.of_text(study.raw.whole), study.raw.whole)
+    @cached_property
+    def table(self) -> Table:
+        """What is shown of the study's table: [positions, metric, layer, factor, depth]."""
+        return self.study.tables["values"].at(layer=self.shown, factor=self.factors)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -90,7 +95,7 @@ class Shown:
         """Layer, factor, measure, position set; of a prompt also whether position 0 is shown among the tokens."""
         farthest = max(self.factors, key=lambda factor: abs(factor - 1))
         controls = [
-            Control("layer", "scaled", [(entry, entry) for entry in self.entries], self.curves.where(self.studied)),
+            Control("layer", "scaled", [(entry, entry) for entry in self.entries], self.studied),
             Control("factor", "factor", [(factor, f"{factor:g}") for factor in self.factors], farthest),
             Control("measure", "measure", list(SHOWN.items()), "frobenius"),
             Control("positions", "tokens", list(SETS.items()), "rest"),
@@ -109,14 +114,14 @@ class Shown:
         more = self.whole and len(self.whole.layers) > len(self.study.raw.result.layers)
         return " Every layer was run for this chart; the table has the ones that were asked for." if more else ""
 
-    def charts_of_curves(self) -> list[Figure]:
+    def of_curves(self) -> list[Figure]:
         """The lines, the image factor x place, and the grid layer x place."""
         return [self._lines(), self._image(), *([self._grid()] if len(self.entries) > 1 else [])]
 
     def _lines(self) -> Figure:
         """A measure by place, a line for each factor."""
-        over = "" if self.curves.windows is None else " Bands are the 95 % interval of the mean over windows."
-        chosen, bands = self._chosen("layer", "factor", "measure", "positions"), self.curves.windows is not None
+        over = "" if self.study.windows is None else " Bands are the 95 % interval of the mean over windows."
+        chosen, bands = self._chosen("layer", "factor", "measure", "positions"), self.study.windows is not None
         return Figure(
             "lines",
             "The change at every place",
@@ -156,7 +161,7 @@ class Shown:
             charts.heat_map("curves", filters, self.places, row, "{measure}", chosen, len(self.entries)),
         )
 
-    def charts_of_blocks(self) -> list[Figure]:
+    def of_blocks(self) -> list[Figure]:
         """What every later block carries and what it writes otherwise."""
         blocks, chosen = self.blocks, self._chosen("layer", "factor", "positions")
         filters = ["datum.entry == layer", "datum.factor == factor", "datum.positions == positions"]
@@ -179,12 +184,12 @@ class Shown:
         )
         return [alignment, written]
 
-    def charts_of_output(self) -> list[Figure]:
+    def of_output(self) -> list[Figure]:
         """How much of a change reaches the predictions, where they were compared."""
-        if "kl" not in self.curves.measures:
+        if "kl" not in self.table.axes["metric"]:
             return []
         shown = []
-        factors, site = [f"{factor:g}" for factor in self.factors], self.curves.site == "output"
+        factors, site = [f"{factor:g}" for factor in self.factors], self.site == "output"
         for metric, (title, note) in OUTPUT.items():
             row = charts.rows_axis("entry", "scaled", self.entries)
             filters = [f"datum.metric == '{metric}'", "datum.positions == positions"]
@@ -199,116 +204,83 @@ class Shown:
             shown.append(Figure(metric, title, alt, f"{note}{last}{self._every_layer}", spec))
         return shown
 
-    def charts_of_tokens(self) -> list[Figure]:
+    def of_tokens(self) -> list[Figure]:
         """The change of every token at every place; of a prompt only."""
         if not self.whole:
             return []
-        tokens = token_labels(self.study.tokens)
+        tokens, chosen = token_labels(self.study.tokens), self._chosen("layer", "factor", "first")
         filters = ["datum.entry == layer", "datum.factor == factor", "first || datum.position > 0"]
-        return [
-            Figure(
-                "tokens",
-                "Where in the text",
-                "A heat map of the norm of scaled minus clean: a row for each token of the prompt, a column for "
-                "each place.",
-                "A dot is a space. The first token, which others attend to when they need nothing, can outshine "
-                "the rest: switch it on.",
-                charts.heat_map(
-                    "tokens",
-                    filters,
-                    self.places,
-                    charts.rows_axis("token", "position and token", tokens),
-                    "norm of scaled minus clean, units of the stream",
-                    self._chosen("layer", "factor", "first"),
-                    len(tokens),
-                    "datum.entry == layer",
-                ),
-            )
-        ]
+        row, title = charts.rows_axis("token", "position and token", tokens), "norm of scaled minus clean"
+        unit, site = f"{title}, {UNITS['frobenius']}", "datum.entry == layer"
+        alt = f"A heat map of the {title}: a row for each token of the prompt, a column for each place."
+        note = (
+            "A dot is a space. The first token, which others attend to when they need nothing, can outshine the rest: "
+            "switch it on."
+        )
+        spec = charts.heat_map("tokens", filters, self.places, row, unit, chosen, len(tokens), site)
+        return [Figure("tokens", "Where in the text", alt, note, spec)]
 
     def data(self) -> dict[str, Any]:
         """The datasets that the charts name."""
-        sites = [
-            {"entry": entry, "place": self.places[layer + 1]}
-            for entry, layer in zip(self.entries, [self.curves.layers[entry] for entry in self.shown], strict=True)
-        ]
-        found = {"curves": list(self._curves()), "places": sites, **self._blocks()}
-        if "kl" in self.curves.measures:
-            found["output"] = list(self._output())
-        return {**found, "tokens": list(self._tokens(self.whole))} if self.whole else found
+        places = [self.places[layer_of(scaled) + 1] for scaled in self.shown]
+        sites = [{"entry": entry, "place": place} for entry, place in zip(self.entries, places, strict=True)]
+        found = {"curves": self._curves(), "places": sites, **self._of_blocks()}
+        if "kl" in self.table.axes["metric"]:
+            found["output"] = self._output()
+        return {**found, "tokens": self._tokens()} if self.whole else found
 
-    def _cells(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        for entry, name in zip(self.shown, self.entries, strict=True):
-            for factor in self.factors:
-                yield entry, self.curves.factors.index(factor), {"entry": name, "factor": factor}
+    def _named(self, table: Table) -> Table:
+        """Numbers with the layers by the names that the page gives them."""
+        return table.named("layer", "entry", self.entries)
 
-    def _curves(self) -> Iterator[dict[str, Any]]:
-        for positions in POSITION_SETS:
-            for metric in (*SHOWN, "passive"):
-                estimate = self.curves.estimate(metric, positions)
-                for entry, factor, named in self._cells():
-                    yield {**named, "positions": positions, "metric": metric, **_array(estimate, entry, factor)}
+    def _curves(self) -> list[dict[str, Any]]:
+        rows = self._named(self.table.at(metric=[*SHOWN, "passive"])).rows()
+        return dataset(rows, "depth", self.table.axes["depth"])
 
-    def _blocks(self) -> dict[str, list[dict[str, Any]]]:
-        """Alignment by part, and the norms of what is carried and written."""
-        found: dict[str, list[dict[str, Any]]] = {"alignment": [], "written": []}
-        for positions in POSITION_SETS:
-            carried = self.curves.estimate("frobenius", positions).map(lambda values: values[..., :-2])
-            for entry, factor, named in self._cells():
-                site = self.curves.layers[entry] + 1
-                row = {**named, "positions": positions}
-                found["written"].append({**row, "part": "carried", **_array(carried, entry, factor, site)})
-                for part, prefix in PARTS.items():
-                    norm, cosine = (
-                        self.curves.estimate(f"{prefix}{of}", positions).map(lambda values: values[..., 1:-1])  # type: ignore[arg-type]
-                        for of in ("written", "alignment")
-                    )
-                    who = {"both": "written by the block"}.get(part, f"written by {part}")
-                    found["written"].append({**row, "part": who, **_array(norm, entry, factor, site)})
-                    found["alignment"].append({**row, "part": part, **_array(cosine, entry, factor, site)})
-        return found
+    def _of_blocks(self) -> dict[str, list[dict[str, Any]]]:
+        """Alignment by part, and the norms of what is carried into a block, and of what it writes."""
+        blocks, depths = range(self.study.n_layer), self.table.axes["depth"]
+        read = self.table.at(depth=list(depths[:-2])).named("depth", "block", blocks)
+        wrote = self.table.at(depth=list(depths[1:-1])).named("depth", "block", blocks)
+        carried = self._later(read.at(metric=["frobenius"]).named("metric", "part", [CARRIED]))
+        written, alignment = (
+            self._later(wrote.at(metric=list(parts)).named("metric", "part", list(parts.values())))
+            for parts in (WRITTEN, ALIGNMENTS)
+        )
+        return {
+            "alignment": dataset(alignment, "block", blocks),
+            "written": dataset((*carried, *written), "block", blocks),
+        }
+
+    def _later(self, table: Table) -> Iterator[Row]:
+        """The rows of the blocks after what was scaled."""
+        layers = {entry: layer_of(scaled) for entry, scaled in zip(self.entries, self.shown, strict=True)}
+        return (row for row in self._named(table).rows() if row["block"] > layers[row["entry"]])
+
+    def _output(self) -> list[dict[str, Any]]:
+        rows = self._named(self.table.at(metric=list(OUTPUT), depth="final")).rows()
+        return dataset(rows, "factor", self.factors)
 
     def _reach(self) -> float:
         """The largest change of the loss, either way, in nats."""
-        return max(float(self.curves.of("loss_change", of)[..., -1].nan_to_num().abs().max()) for of in POSITION_SETS)
+        change = self.study.tables["values"].at(metric="loss_change", depth="final")
+        return float(change.value.nan_to_num().abs().max())
 
-    def _output(self) -> Iterator[dict[str, Any]]:
-        at = [self.curves.factors.index(factor) for factor in self.factors]
-        for metric in OUTPUT:
-            for positions in POSITION_SETS:
-                values = self.curves.of(metric, positions)[:, at, -1]
-                for entry, name in zip(self.shown, self.entries, strict=True):
-                    numbers = rounded(values[entry].tolist())
-                    yield {"entry": name, "positions": positions, "metric": metric, "value": numbers}
-
-    def _tokens(self, whole: Sweep) -> Iterator[dict[str, Any]]:
-        norms = whole.statistics.difference_sq[:, :, :, 0].sqrt()
-        for entry, factor, named in self._cells():
-            for position, label in enumerate(token_labels(self.study.tokens)):
-                numbers = rounded(norms[entry, factor, :, position].tolist())
-                yield {**named, "position": position, "token": label, "value": numbers}
+    def _tokens(self) -> list[dict[str, Any]]:
+        table, labels = self.study.tables["tokens"], token_labels(self.study.tokens)
+        rows = self._named(table.at(layer=self.shown, factor=self.factors)).rows()
+        named = ({**row, "token": labels[row["position"]]} for row in rows)
+        return dataset(named, "depth", table.axes["depth"])
 
     def predictions(self) -> list[dict[str, Any]]:
         """Of every shown cell the likeliest tokens after the text, clean and scaled; none without predictions."""
         if not self.whole:
             return []
-        found = {(cell["layer"], cell["factor"]): cell for cell in likeliest_cells(self.whole, self.study.tokenizer)}
-        cells = ((found.get((entry, factor)), named) for entry, factor, named in self._cells())
-        return [{**cell, "layer": named["entry"], "factor": named["factor"]} for cell, named in cells if cell]
-
-
-def study_entry(study: Study[Any], curves: Curves) -> int:
-    """The first studied entry among those shown."""
-    result = study.raw.result
-    wanted = (result.layers[0], result.heads and result.heads[0])
-    heads = curves.heads or [None] * len(curves.layers)
-    return list(zip(curves.layers, heads, strict=True)).index(wanted)
-
-
-def _array(estimate: Estimate, entry: int, factor: int, first: int = 0) -> dict[str, Any]:
-    """A cell's numbers by place, and its interval where there is one; null before the first that counts."""
-    parts = {"value": estimate.value, **({"low": estimate.low, "high": estimate.high} if estimate.spread else {})}
-    return {name: [None] * first + rounded(tensor[entry, factor, first:].tolist()) for name, tensor in parts.items()}
+        names, factors = dict(zip(self.shown, self.entries, strict=True)), self.whole.factors
+        known = [names.get(scaled) for scaled in scaled_in(self.whole)]
+        cells = likeliest_cells(self.whole, self.study.tokenizer)
+        named = ({**cell, "layer": known[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells)
+        return [cell for cell in named if cell["layer"] and cell["factor"] in self.factors]
 
 
 def _thinned(indices: range, most: int) -> list[int]:

@@ -1,11 +1,11 @@
-"""What every experiment's run consists of; an experiment itself says what it measures and what follows from it.
+"""What an experiment is, and what its run consists of; an experiment itself says what it measures and what follows.
 
 A run certifies parity with Hugging Face, measures one prompt, or every window of a corpus, tries the
 measurement against what must be true of any weights, judges the claims, and writes a summary, a table,
 figures and a report, all or nothing.
 
-    class MyExperiment(Experiment): ...                # name, question, run, measure, rows; and what else it has
-    main = commandline.command(MyExperiment.from_options)  # with the options that all share
+    class MyExperiment(Experiment): ...       # name, question, run, measure; and what else it has
+    main = command(MyExperiment)              # of `harness.command`: with the options that all share
 """
 
 import csv
@@ -15,7 +15,7 @@ import json
 import platform
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,12 +25,14 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.common import MOST_SUMMARY, SUMMARY, claimed, encode_prompt, parse_indices, results_in
-from experiments.corpus import BOOTSTRAP, Ranks, Shards, measure_corpus
-from experiments.estimates import Estimates, Row, of_text, of_windows
-from experiments.figures import Figures, save_figures
-from experiments.texts import Texts
-from experiments.verdicts import Verdict, lines_of
+from experiments.harness.corpus import BOOTSTRAP, Shards, Texts, measure_corpus
+from experiments.harness.digest import code_digest
+from experiments.harness.options import Options, parse_indices
+from experiments.harness.output import MOST_SUMMARY, SUMMARY, claimed, results_in
+from experiments.harness.ranks import Ranks
+from experiments.harness.table import Row, Tables, of_text, of_windows
+from experiments.harness.verdicts import Verdict, lines_of
+from experiments.page.figures import Figures, save_figures
 from minigpt import GPT2, Sweep, Tokenizer, parity
 from minigpt.files import printable, read_json
 from minigpt.selfcheck import self_check
@@ -43,12 +45,16 @@ CHECKED_WINDOWS = 2
 """Of a corpus: enough to try the oracles on a batch."""
 FEW_ROWS = 20
 """Of the table, shown where an experiment shows nothing of its own."""
+NOT_COMPARABLE = "not comparable"
+"""The verdict of a certificate about a model that Hugging Face does not have."""
 SHORTEST = 3
 """Tokens of a window: a first one, a second one, and one for the second to predict."""
 
 Ids = Sequence[Sequence[int]]
 Raw = TypeVar("Raw")
 """What an experiment's run of some texts leaves, before it is cut down to numbers per text."""
+Asked = TypeVar("Asked", bound=Options)
+"""The options of an experiment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,27 +79,60 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What an experiment begins with: the model and the options that all experiments share."""
+class Start(Generic[Asked]):
+    """What an experiment begins with: the model, and what was asked for."""
 
     model: GPT2
     tokenizer: Tokenizer
-    common: Mapping[str, Any]
-    """Fields of `Settings`, all but the text's."""
-    prompt: str | None
-    corpus: Callable[[int], Texts | None]
-    """The texts that are asked for, given the fewest tokens that a window may have."""
+    options: Asked
+    device: torch.device
 
     def settings(self, prompt: str = PROMPT, shortest: int = SHORTEST) -> dict[str, Any]:
         """Every field of `Settings`; `prompt` is the default one, `shortest` the fewest tokens of a window."""
-        texts = self.corpus(shortest)
-        given = prompt if self.prompt is None else self.prompt
-        return {**self.common, "texts": texts, "prompt": None if texts else given}
+        asked, on_cpu = self.options, self.device.type == "cpu"
+        most = default_max_bytes(self.device) if asked.texts and asked.max_bytes is None else asked.max_bytes
+        given = prompt if asked.prompt is None else asked.prompt
+        return {
+            "model": asked.model,
+            "prompt": None if asked.texts else given,
+            "dtype": asked.dtype,
+            "device": self.device.type,
+            "revision": asked.revision,
+            "parity": not asked.no_parity,
+            "matmul_precision": asked.matmul_precision,
+            "texts": asked.texts and Texts.of(asked.texts, asked.text_column, asked.window, asked.limit, shortest),
+            "max_bytes": most,
+            "threads": torch.get_num_threads() if asked.texts and on_cpu else None,
+        }
+
+    def layers(self, given: str) -> tuple[int, ...]:
+        """The layers of a list."""
+        return parse_indices(given, self.model.config.n_layer, "layer")
 
     def indices(self, given: str, what: str) -> tuple[int, ...] | None:
         """The indices of a list, or None for `all`: of heads or positions."""
         count = {"head": self.model.config.n_head, "position": self.model.config.n_positions}[what]
         return None if given == "all" else parse_indices(given, count, what)
+
+
+def default_max_bytes(device: torch.device) -> int:
+    """Memory for a pass that does not depend on what is free, so that every run splits its cells alike."""
+    return torch.cuda.mem_get_info(device)[1] // 4 if device.type == "cuda" else 2**30
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, n_positions: int) -> list[int]:
+    """Token ids of a prompt that leaves something to measure.
+
+    Raises ValueError for an empty prompt, a single token, and one longer than the model's positions.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("The prompt is empty; give a sentence.")
+    if len(ids) == 1:
+        raise ValueError(f"The prompt {prompt!r} is one token; nothing is left without the first: give a longer one.")
+    if len(ids) > n_positions:
+        raise ValueError(f"The prompt has {len(ids)} tokens; the model has {n_positions} positions: shorten it.")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -118,10 +157,13 @@ class Study(Generic[Raw]):
     counts: dict[str, int]
     """Texts, windows, tokens and pieces skipped; empty for a prompt."""
     checked: Checked
-    measured: Estimates
+    tables: Tables
+    """All numbers that were measured; what is shown, judged and written reads them here."""
     raw: Raw
     """Of the prompt; over a corpus, of the windows that were checked."""
     tokenizer: Tokenizer
+    code: str = ""
+    """The digest of the code that computed the numbers."""
 
     @property
     def windows(self) -> int | None:
@@ -148,6 +190,8 @@ class Experiment(ABC, Generic[Raw]):
     """Of the table (name.csv), of the figures (name_*.png), and of the folder in results/."""
     question: ClassVar[str]
     """In one sentence: the report's title."""
+    options: ClassVar[type[Options]] = Options
+    """The options of its command line."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -157,8 +201,8 @@ class Experiment(ABC, Generic[Raw]):
         """How the run was started, as one would type it again."""
 
     @classmethod
-    def from_options(cls, begin: "Start") -> "Experiment[Raw]":
-        """Run the experiment with the options that all experiments share."""
+    def from_options(cls, begin: Start[Any]) -> "Experiment[Raw]":
+        """The experiment that was asked for. Raises ValueError for options that make no sense."""
         return cls(Settings(**begin.settings()))
 
     def encode(self, tokenizer: Tokenizer, n_positions: int) -> list[int]:
@@ -170,16 +214,17 @@ class Experiment(ABC, Generic[Raw]):
         """Run some texts; `alone` says that they are the one prompt, of which a report can show more."""
 
     @abstractmethod
-    def measure(self, model: GPT2, raw: Raw) -> dict[str, Tensor]:
-        """The numbers to keep of every text: tensors whose first axis is the text."""
+    def measure(self, model: GPT2, raw: Raw) -> Tables:
+        """The numbers to keep of every text: tables whose first axis is the text, as `by_text` makes them."""
 
     def check(self, model: GPT2, raw: Raw) -> Checked:  # noqa: ARG002  for those who override it
         """Try a run against what must be true of any weights. Raises CheckError when it is not."""
         return Checked()
 
-    @abstractmethod
     def rows(self, study: Study[Raw]) -> Iterator[Row]:
-        """The table's rows, one number each."""
+        """The rows of the file, one number each; here of all tables, with their names as `metric`."""
+        for name, table in study.tables.items():
+            yield from table.rows(metric=name)
 
     def verdicts(self, study: Study[Raw]) -> list[Verdict]:  # noqa: ARG002
         """What became of each claim."""
@@ -214,14 +259,14 @@ def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -
 
     Raises ValueError for a prompt or a grid out of range, CheckError when parity or a self-check fails.
     """
-    settings = experiment.settings
+    settings, code = experiment.settings, code_digest(experiment, model)
     ids = experiment.encode(tokenizer, model.config.n_positions)
     certificate = certify(settings, model)
     raw = experiment.run(model, [ids], alone=True)
     checked = _checked(experiment, model, raw, certificate)
-    measured = of_text(experiment.measure(model, raw))
+    tables = of_text(experiment.measure(model, raw))
     _still_certified(certificate, model)
-    return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, measured, raw, tokenizer)
+    return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, tables, raw, tokenizer, code)
 
 
 def run_over_corpus(
@@ -242,70 +287,72 @@ def run_over_corpus(
     settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
     if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
-    tried = list[tuple[Raw, Checked]]()
+    tried, code = list[tuple[Raw, Checked]](), code_digest(experiment, model)
 
     def prepare() -> None:
-        held.enter_context(claimed(output, settings.to_json(), overwrite, experiment.files))
+        held.enter_context(claimed(output, settings.to_json(), code, overwrite, experiment.files))
         certificate = certify(settings, model)
         raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
         tried.append((raw, _checked(experiment, model, raw, certificate)))
 
-    shards = Shards(output / WINDOWS, _identity(experiment, model))
+    shards = Shards(output / WINDOWS, _identity(experiment, model, code))
 
     def measure(windows: Ids) -> dict[str, Tensor]:
-        return experiment.measure(model, experiment.run(model, windows, alone=False))
+        tables = experiment.measure(model, experiment.run(model, windows, alone=False))
+        return {name: table.value for name, table in tables.items()}
 
     counts = measure_corpus(
         texts, tokenizer, shards, ranks, prepare, measure, overwrite=overwrite, quiet=not experiment.progress
     )
     if not tried:
         return None
-    return _combined(experiment, model, tokenizer, shards, counts, *tried[0])
+    raw, checked = tried[0]
+    tables = _combined(experiment, model, shards, counts["windows"], raw, checked.certificate)
+    return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code)
 
 
 def _combined(
     experiment: Experiment[Raw],
     model: GPT2,
-    tokenizer: Tokenizer,
     shards: Shards,
-    counts: dict[str, int],
+    windows: int,
     raw: Raw,
-    checked: Checked,
-) -> Study[Raw]:
-    """The study that all shards make together; raises as `run_over_corpus` does."""
+    certificate: parity.Certificate | None,
+) -> Tables:
+    """What all shards make together, on the axes of what was measured of the first windows."""
     try:
-        _still_certified(checked.certificate, model)
+        _still_certified(certificate, model)
     except parity.CheckError:
         shutil.rmtree(shards.folder)  # or a later run would take the windows up
         raise
-    measured = of_windows(shards.combine(counts["windows"]))
-    if measured.keys() != experiment.measure(model, raw).keys():
-        raise ValueError(f"{shards.folder} holds windows that another version measured; remove it and run again.")
-    return Study(experiment.settings, describe(model), [], counts, checked, measured, raw, tokenizer)
+    return of_windows(experiment.measure(model, raw), shards.combine(windows), windows)
 
 
-def _identity(experiment: Experiment[Any], model: GPT2) -> dict[str, Any]:
+def _identity(experiment: Experiment[Any], model: GPT2, code: str) -> dict[str, Any]:
     """All that decides the numbers of a window: what it takes to go on with another run's."""
     asked = experiment.settings.to_json()
     asked = {name: value for name, value in asked.items() if name not in ("model", "parity", "revision")}
     asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
     cuda = experiment.settings.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-    origin = {"weights": parity.fingerprint(model), "versions": versions(), "processor": where}
+    origin = {"weights": parity.fingerprint(model), "versions": versions(), "processor": where, "code": code}
     return {"experiment": experiment.name, **asked, **origin}
 
 
 def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
-    """The parity certificate, where one is asked for; CheckError when the model fails."""
+    """The parity certificate, where one is asked for; CheckError when the model fails.
+
+    A model with blocks of its own has nothing to be compared with, and runs.
+    """
     certificate = parity.certify(model) if settings.parity else None
-    if certificate and not certificate.passed:
+    if certificate and not certificate.passed and str(certificate.verdict) != NOT_COMPARABLE:
         raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
     return certificate
 
 
 def _still_certified(certificate: parity.Certificate | None, model: GPT2) -> None:
     """Raise CheckError when the weights are no longer those that were certified."""
-    if certificate and not certificate.holds_for(model):
+    if certificate and certificate.passed and not certificate.holds_for(model):
         raise parity.CheckError(
             "the weights were edited after the model was certified, so the certificate says nothing about these "
             "numbers. Edit first and certify then; --no-parity runs without."
@@ -354,6 +401,7 @@ def summary(experiment: Experiment[Raw], study: Study[Raw]) -> dict[str, Any]:
         **experiment.summary(study),
         "verdicts": [verdict.to_json() for verdict in verdicts(experiment, study)],
         "versions": versions(),
+        "code": study.code,
         "threads": torch.get_num_threads(),
         "command": experiment.command,
     }
@@ -405,7 +453,7 @@ def _draw(experiment: Experiment[Raw], study: Study[Raw], said: dict[str, Any], 
     if not can_draw():
         typer.echo("No figures and no report: install Altair with pip install -e '.[report]'.", err=True)
         return
-    from experiments import report  # noqa: PLC0415  an extra
+    from experiments.page import report  # noqa: PLC0415  an extra
 
     figures = experiment.figures(study)
     save_figures(figures, experiment.name, folder)

@@ -16,19 +16,17 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from experiments.estimates import Row
-from experiments.figures import DARK, LIGHT, VISIBLE, Figures, config
-from experiments.verdicts import Outcome
+from experiments.page.figures import DARK, LIGHT, VISIBLE, Figures, config
 
 HERE = Path(__file__).parent
-MARKS: Mapping[Outcome, str] = {
+MARKS: Mapping[str, str] = {
     "holds": "\u2713",
     "does not hold": "\u2717",
     "true by construction": "=",
     "undecided": "?",
 }
 """Beside the word, so that colour is not needed."""
-CLASSES: Mapping[Outcome, str] = {
+CLASSES: Mapping[str, str] = {
     "holds": "holds",
     "does not hold": "fails",
     "true by construction": "built",
@@ -36,7 +34,9 @@ CLASSES: Mapping[Outcome, str] = {
 }
 
 
-def page(question: str, said: Mapping[str, Any], figures: Figures, basis: str, rows: Sequence[Row] = ()) -> str:
+def page(
+    question: str, said: Mapping[str, Any], figures: Figures, basis: str, rows: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """The page of a run: `said` is its summary as summary.json holds it, `basis` what its numbers rest on.
 
     `rows` of its table are shown as they are.

@@ -8,7 +8,7 @@ temperature would; the loss rises when later layers are scaled. A lower temperat
 the tokens and only sharpen the distribution: the best one is fitted, and what it leaves unexplained is said.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,11 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.commandline import command, start
-from experiments.common import encode_prompt, parse_indices, parse_numbers
-from experiments.estimates import Estimate, Row, axis
-from experiments.figures import Figures, likeliest_cells
-from experiments.runner import Checked, Experiment, Ids, Settings, Start, Study, self_checked
-from experiments.verdicts import (
+from experiments.harness.command import command
+from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt, self_checked
+from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.table import Row, Table, Tables, by_text
+from experiments.harness.verdicts import (
     MOST,
     NEAR_0995,
     UNCHANGED,
@@ -34,6 +33,7 @@ from experiments.verdicts import (
     figures_of,
     within,
 )
+from experiments.page.figures import Figures, likeliest_cells
 from minigpt import GPT2, Sweep, Tokenizer, sweep
 from minigpt.parameters import Site, check_site
 from minigpt.predictions import fit_temperature
@@ -46,6 +46,19 @@ MEASURES = (
     "temperature", "kl_from_clean", "kl_after_temperature",
 )  # fmt: skip
 """Of the text, means over positions, losses in nats per token; then of the target, the text's last token."""
+PRINTED = (
+    "target_loss_change", "target_probability", "target_rank", "loss_change", "target_correlation", "temperature",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(Options):
+    """Scale one layer after the other, and report the loss of the text and of its last token, the target."""
+
+    target: Annotated[str | None, typer.Option(help="the token that should follow the prompt")] = None
+    layers: Layers = "all"
+    factors: Annotated[str, typer.Option(help="0.6 | 0:2:0.5, both ends included")] = "0.6"
+    site: Annotated[str, typer.Option(help="output | attention | mlp")] = "output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +84,26 @@ class TokenLoss(Experiment[Runs]):
 
     name = "token_loss"
     question = "One layer is scaled: what becomes of the loss, and of the token that should come?"
+    options = LossOptions
     settings: LossSettings
 
     @classmethod
-    def from_options(
-        cls,
-        begin: Start,
-        *,
-        target: Annotated[str | None, typer.Option(help="the token that should follow the prompt")] = None,
-        layers: Annotated[str, typer.Option(help="2 | 2,5 | all; counted from 0")] = "all",
-        factors: Annotated[str, typer.Option(help="0.6 | 0:2:0.5, both ends included")] = "0.6",
-        site: Annotated[str, typer.Option(help="output | attention | mlp")] = "output",
-    ) -> "TokenLoss":
-        """Scale one layer after the other, and report the loss of the text and of its last token, the target."""
-        common = begin.settings(prompt=PROMPT)
-        if common["texts"] and target is not None:
+    def from_options(cls, begin: Start[LossOptions]) -> "TokenLoss":
+        """The layers and the target that were asked for."""
+        asked, shared = begin.options, begin.settings(prompt=PROMPT)
+        if shared["texts"] and asked.target is not None:
             raise ValueError("--target belongs to a prompt; over a corpus the target is each window's last token.")
-        if site == "head":
+        if asked.site == "head":
             raise ValueError("--site head: this experiment scales whole layers; take output, attention or mlp.")
-        target = TARGET if target is None and common["prompt"] == PROMPT else target
-        in_order = tuple(sorted(parse_indices(layers, begin.model.config.n_layer, "layer")))
-        numbers = parse_numbers(factors, "--factors")
-        return cls(LossSettings(**common, layers=in_order, factors=numbers, site=check_site(site), target=target))
+        target = TARGET if asked.target is None and shared["prompt"] == PROMPT else asked.target
+        settings = LossSettings(
+            **shared,
+            layers=tuple(sorted(begin.layers(asked.layers))),
+            factors=parse_numbers(asked.factors, "--factors"),
+            site=check_site(asked.site),
+            target=target,
+        )
+        return cls(settings)
 
     def encode(self, tokenizer: Tokenizer, n_positions: int) -> list[int]:
         """The prompt with its target; without one, the prompt's last token is the target."""
@@ -120,14 +131,15 @@ class TokenLoss(Experiment[Runs]):
         ]
         return Runs(*runs)
 
-    def measure(self, model: GPT2, raw: Runs) -> dict[str, Tensor]:
-        """`MEASURES` [text, measure, layer, factor], and what decides the claims [text, claim's test, factor]."""
+    def measure(self, model: GPT2, raw: Runs) -> Tables:
+        """`MEASURES` [text, metric, layer, factor]; what decides the claims [text, test, factor]; and of a prompt the
+        loss change of every token but the first [text, position, layer, factor]."""
         statistics, texts = raw.result.statistics, torch.arange(len(raw.result.lengths))
         scaled, clean = statistics.predictions, statistics.clean_predictions
         if scaled is None or clean is None:
             raise ValueError("This sweep kept no predictions; run it with predictions=True.")
         shape, at = scaled.kl.shape[:3], raw.result.lengths - 2  # the position that predicts the target
-        of_text = {name: statistics.measure(name, "all")[:, :, -1] for name in ("kl", "changed", "correlation")}
+        of_text = {name: raw.result.measure(name, "all")[:, :, -1] for name in ("kl", "changed", "correlation")}
         count = raw.result.lengths - 1
         loss, loss_clean = scaled.loss.sum(-1) / count, (clean.loss.sum(-1) / count).expand(shape)
         target, target_clean = scaled.loss[..., texts, at], clean.loss[texts, at].expand(shape)
@@ -141,7 +153,12 @@ class TokenLoss(Experiment[Runs]):
             **_temperatures(model, raw.result),
         }  # fmt: skip
         values = torch.stack([found[name] for name in MEASURES]).movedim(-1, 0)
-        return {"values": values, "tests": _tests(values)}
+        axes = {"layer": raw.result.layers, "factor": raw.result.factors}
+        tables = tables_of(values, axes)
+        if self.settings.texts is None:
+            changes = (scaled.loss - clean.loss)[..., :-1].permute(2, 3, 0, 1)
+            tables["tokens"] = by_text(changes, position=range(1, changes.shape[1] + 1), **axes)
+        return tables
 
     def check(self, model: GPT2, raw: Runs) -> Checked:
         """Try the sweep against what must be true of any weights."""
@@ -149,13 +166,7 @@ class TokenLoss(Experiment[Runs]):
 
     def rows(self, study: Study[Runs]) -> Iterator[Row]:
         """Every measure of every layer and factor."""
-        labels = {"model": self.settings.model, "site": self.settings.site}
-        axes = [axis("metric", MEASURES), axis("layer", self.settings.layers), axis("factor", self.settings.factors)]
-        return ({**labels, **row} for row in study.measured["values"].rows(axes, study.windows))
-
-    def of(self, study: Study[Runs], name: str) -> Estimate:
-        """A measure: [layer, factor]."""
-        return study.measured["values"].at(MEASURES.index(name))
+        return study.tables["values"].rows(model=self.settings.model, site=self.settings.site)
 
     def verdicts(self, study: Study[Runs]) -> list[Verdict]:
         """The lecture's three claims, each over all layers that ran; the last two are about factors below 1."""
@@ -166,10 +177,10 @@ class TokenLoss(Experiment[Runs]):
         ]
 
     def _correlation(self, study: Study[Runs]) -> Decision:
-        changed = [j for j, factor in enumerate(self.settings.factors) if factor != 1]
+        changed = [factor for factor in self.settings.factors if factor != 1]
         if not changed:
             return Decision("undecided", "Only factor 1 was run, which changes nothing.")
-        found = self.of(study, "target_correlation").map(lambda tensor: tensor[:, changed])
+        found = study.tables["values"].at(metric="target_correlation", factor=changed)
         outcome = all_of(above(found, NEAR_0995), below(found, NEAR_0995))
         least, layer = float(found.value.min()), self.settings.layers[int(found.value.min(1).values.argmin())]
         said = f"The lowest correlation is {least:.3g}, layer {layer}; above {NEAR_0995} counts as near."
@@ -180,24 +191,23 @@ class TokenLoss(Experiment[Runs]):
         }[outcome]
         return Decision(outcome, sentence, said, figures_of(target_correlation=found), "the target's")
 
-    def _below_1(self, study: Study[Runs]) -> tuple[Estimate, float] | None:
-        """What decides the last two claims, for the factors below 1 [test, factor], and the first of these."""
-        chosen = [j for j, factor in enumerate(self.settings.factors) if factor < 1]
-        if not chosen:
-            return None
-        return study.measured["tests"].map(lambda tensor: tensor[:, chosen]), self.settings.factors[chosen[0]]
+    def _below_1(self, study: Study[Runs]) -> Table | None:
+        """What decides the last two claims, for the factors below 1: [test, factor]."""
+        chosen = [factor for factor in self.settings.factors if factor < 1]
+        return study.tables["tests"].at(factor=chosen) if chosen else None
 
     def _target(self, study: Study[Runs]) -> Decision:
         found = self._below_1(study)
         if found is None:
             return Decision("undecided", "No factor below 1 was run, and the claim is about those.")
-        lower, cooler, explained = (found[0].at(index) for index in range(3))
+        lower, cooler, explained = (found.at(test=test) for test in TESTS[:3])
+        factor = found.axes["factor"][0]
         sure, never = (torch.stack([of(test, MOST) for test in (lower, cooler, explained)]) for of in (above, below))
         outcome = all_of(sure, never)
         said = (
-            f"At factor {found[1]:g}, {self._share(lower)} lower the target's loss, and the fitted temperature is "
-            f"below 1 for {self._share(cooler)}; the best temperatures explain {within(explained.at(0))} of the kl and "
-            f"leave the rest. Above {MOST} counts as most."
+            f"At factor {factor:g}, {self._share(lower)} lower the target's loss, and the fitted temperature is "
+            f"below 1 for {self._share(cooler)}; the best temperatures explain "
+            f"{within(explained.at(factor=factor))} of the kl and leave the rest. Above {MOST} counts as most."
         )
         sentence = {
             "holds": "Most layers make the target likelier, and mostly by sharpening the distribution.",
@@ -208,22 +218,24 @@ class TokenLoss(Experiment[Runs]):
         figures = figures_of(**shares, share_of_kl_explained=explained)
         return Decision(outcome, sentence, said, figures, "the target's; all for the temperature")
 
-    def _share(self, layers: Estimate) -> str:
+    def _share(self, layers: Table) -> str:
         """A share of layers, in words, at the first factor."""
-        count = len(self.settings.layers)
+        count, share = len(self.settings.layers), layers.at(factor=layers.axes["factor"][0])
         if layers.spread:
-            return f"a share of {within(layers.at(0))} of the layers"
-        return f"{round(float(layers.value[0]) * count)} of {count} layers"
+            return f"a share of {within(share)} of the layers"
+        return f"{round(float(share.value) * count)} of {count} layers"
 
     def _later(self, study: Study[Runs]) -> Decision:
         found = self._below_1(study)
         if found is None or len(self.settings.layers) < 2:
             return Decision("undecided", "It takes a factor below 1, and two layers, of which one is later.")
-        later, earlier = found[0].at(3), found[0].at(4)
+        later, earlier = (found.at(test=test) for test in TESTS[3:])
+        factor = found.axes["factor"][0]
         outcome = all_of(above(later, UNCHANGED), below(later, UNCHANGED))
         said = (
-            f"Scaling a layer of the later half changes the target's loss by {within(later.at(0))} nats on average, at "
-            f"factor {found[1]:g}; one of the earlier half by {within(earlier.at(0))}."
+            f"Scaling a layer of the later half changes the target's loss by "
+            f"{within(later.at(factor=factor))} nats on average, at factor {factor:g}; one of the earlier half by "
+            f"{within(earlier.at(factor=factor))}."
         )
         sentence = {
             "holds": "Scaling later layers makes the target less likely.",
@@ -243,52 +255,42 @@ class TokenLoss(Experiment[Runs]):
 
     def lines(self, study: Study[Runs], columns: int) -> Iterator[str]:  # noqa: ARG002
         """Losses, rank and correlation by layer, for the first factor; and the tokens that suffer most."""
-        wanted = (
-            "target_loss_change",
-            "target_probability",
-            "target_rank",
-            "loss_change",
-            "target_correlation",
-            "temperature",
-        )
-        clean = {
-            name: float(self.of(study, name).value[0, 0])
-            for name in ("loss_clean", "target_loss_clean", "target_rank_clean")
-        }
+        layers, factor = self.settings.layers, self.settings.factors[0]
+        shown = study.tables["values"].at(factor=factor)
+        names = ("loss_clean", "target_loss_clean", "target_rank_clean")
+        clean = {name: float(shown.at(metric=name, layer=layers[0]).value) for name in names}
         yield (
             f"clean: loss of the text {clean['loss_clean']:.4g} nats per token, of the target "
             f"{clean['target_loss_clean']:.4g} nats (rank {clean['target_rank_clean']:g})"
         )
-        yield f"{self.settings.site} scaled by {self.settings.factors[0]:g}:"
-        yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in wanted)
-        for entry, layer in enumerate(self.settings.layers):
-            yield f"{layer:>5}  " + "".join(f"{float(self.of(study, name).value[entry, 0]):>20.4g}" for name in wanted)
+        yield f"{self.settings.site} scaled by {factor:g}:"
+        yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in PRINTED)
+        for layer in layers:
+            values = shown.at(layer=layer, metric=list(PRINTED)).value.tolist()
+            yield f"{layer:>5}  " + "".join(f"{value:>20.4g}" for value in values)
         if not study.counts:
             yield from self._suffering(study)
         yield ""
 
-    def token_changes(self, study: Study[Runs]) -> Tensor:
-        """Of a prompt the loss change of every token but the first: [layer, factor, position - 1], nats."""
-        scaled, clean = study.raw.result.statistics.predictions, study.raw.result.statistics.clean_predictions
-        if scaled is None or clean is None:
-            raise ValueError("This sweep kept no predictions; run it with predictions=True.")
-        return (scaled.loss - clean.loss)[:, :, 0, :-1]
-
     def _suffering(self, study: Study[Runs], most: int = 5) -> Iterator[str]:
-        worst = self.token_changes(study)[:, 0].mean(0).topk(min(most, len(study.tokens) - 1))
+        changes = study.tables["tokens"].at(factor=self.settings.factors[0])  # [position, layer]
+        worst = changes.value.mean(1).topk(min(most, len(study.tokens) - 1))
         named = (
-            f"{study.tokens[index + 1]!r} {change:+.3g}"
+            f"{study.tokens[changes.axes['position'][index]]!r} {change:+.3g}"
             for change, index in zip(worst.values, worst.indices.tolist(), strict=True)
         )
         yield f"tokens that suffer most, mean over the layers, nats: {', '.join(named)}"
 
     def figures(self, study: Study[Runs]) -> Figures:
         """The report's charts."""
-        from experiments.token_loss_figures import figures  # noqa: PLC0415  an extra
+        from experiments.token_loss.figures import figures  # noqa: PLC0415  an extra
 
-        return figures(self, study)
+        return figures(study)
 
 
+TESTS = ("lower", "cooler", "explained", "later half", "earlier half")
+"""Per text and factor: share of layers that lower the target's loss, share with a temperature below 1, share of kl
+that temperatures explain, mean change of the target's loss over the later and over the earlier half of the layers."""
 NOT_LOWER = "Scaling most layers does not make the target likelier."
 NOT_A_TEMPERATURE = "Most layers make the target likelier, but not as a lower temperature would."
 CLAIMS = (
@@ -314,19 +316,19 @@ def _temperatures(model: GPT2, result: Sweep) -> dict[str, Tensor]:
     return dict(zip(names, torch.stack(fits, -1), strict=True))
 
 
-def _tests(values: Tensor) -> Tensor:
-    """Per text and factor: share of layers that lower the target's loss, share with a temperature below 1, share of
-    kl that temperatures explain, mean change of the target's loss over the later and the earlier half of the
-    layers: [text, 5, factor]."""
-    of = {name: values[:, index] for index, name in enumerate(MEASURES)}
+def tables_of(values: Tensor, axes: Mapping[str, Sequence[Any]]) -> Tables:
+    """`values`, `MEASURES` [text, metric, layer, factor], and `tests`, what decides the claims: `TESTS` [text, test,
+    factor]."""
+    of = {name: values[:, index] for index, name in enumerate(MEASURES)}  # [text, layer, factor]
     change, half = of["target_loss_change"], values.shape[2] // 2
     kl, left = of["kl_from_clean"].sum(1), of["kl_after_temperature"].sum(1)
     explained = (1 - left / kl).nan_to_num(0.0)  # factor 1 changes nothing, and nothing is explained
     shares = ((change < 0).double().mean(1), (of["temperature"] < 1).double().mean(1), explained)
-    return torch.stack([*shares, change[:, half:].mean(1), change[:, : max(half, 1)].mean(1)], 1)
+    tests = torch.stack([*shares, change[:, half:].mean(1), change[:, : max(half, 1)].mean(1)], 1)
+    return {
+        "values": by_text(values, metric=MEASURES, **axes),
+        "tests": by_text(tests, test=TESTS, factor=axes["factor"]),
+    }
 
 
-main = command(TokenLoss.from_options)
-
-if __name__ == "__main__":
-    start(main)
+main = command(TokenLoss)

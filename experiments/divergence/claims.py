@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.curves import Curves
-from experiments.estimates import Estimate, Estimates
-from experiments.verdicts import (
+from experiments.divergence.rows import Scaled, head_of, layer_of, scaled_in
+from experiments.harness.table import Table, Tables, by_text
+from experiments.harness.verdicts import (
     JUMP_TOLERANCE,
     MOST,
     ORDER_OF_MAGNITUDE,
@@ -44,61 +44,65 @@ DILUTED = (
 TURNED_BACK = (
     "The change grows in length, but turns back towards the clean direction, and direction is all that a block reads."
 )
-ALONE_MEASURES = ("frobenius", "kl")
+WHO = ("position_0", "others")
+ALONE_MEASURES: tuple[Measure, ...] = ("frobenius", "kl")
 """What is measured when position 0 alone is scaled, and all the others alone: the norm at the last depth, over all
 positions, and kl over all positions."""
+UNITS_ALONE: dict[Measure, str] = {"frobenius": "", "kl": " nats"}
 
 
-def evidence(result: Sweep, alone: Sequence[Sweep]) -> dict[str, Tensor]:
-    """What decides the claims, per text, over all positions but the first unless named.
+def evidence(table: Table) -> Tables:
+    """What decides the claims, per text, from the rows of some texts: over all positions but the first unless named.
 
-    Axes [text, layer, factor] and then: `growth`, log of the difference at the last depth over that at the site, which
+    Axes [text, layer, factor]: `growth`, log of the difference at the last depth over that at the site, which
     is also log of `relative` over `passive`; `rising`, the share of later blocks in which it grows; `dilution`, log
     of `relative` at the last depth over that at the site; `turning`, `gauge_free` at the last depth less that after
-    the first block that could react; `last_block`, log of what that block multiplies the difference by;
-    `alignment`, `attention_alignment`, `mlp_alignment` [.., block]: 0 up to the site.
-    `with_first` [text, layer, factor, place]: log of the
-    difference over all positions over that over the rest, 0 before the site; `with_first_mean` [text, layer] its
-    mean over factors and over depths from the site on. `alone` [text, 2, measure, layer,
-    factor]: `ALONE_MEASURES` of position 0 scaled alone, and of the others alone, in the sweeps of `alone`.
+    the first block that could react; `last_block`, log of what that block multiplies the difference by.
+    `with_first` [text, layer, factor, depth]: log of the difference over all positions over that over the rest, 0
+    before the site; `with_first_mean` [text, layer] its mean over factors and over depths from the site on.
     """
-    statistics = result.statistics
-    rest, everything = (statistics.measure("frobenius", positions) for positions in ("rest", "all"))
-    relative, gauge = (statistics.measure(name, "rest") for name in ("relative", "gauge_free"))
-    last, site, entries = rest.shape[2] - 2, torch.tensor(result.layers) + 1, torch.arange(len(result.layers))
+    names = (("frobenius", "rest"), ("frobenius", "all"), ("relative", "rest"), ("gauge_free", "rest"))
+    rest, everything, relative, gauge = (table.at(metric=name, positions=of).value for name, of in names)
+    last, site = rest.shape[-1] - 2, torch.tensor([layer_of(scaled) + 1 for scaled in table.axes["layer"]])
     later = torch.arange(1, last + 1) > site[:, None]  # [layer, block]: whether the block comes after the site
-    rises = rest[:, :, 1:-1] > rest[:, :, :-2]
-    with_first = _log(everything, rest)[:, :, :-1]
+    rises = (rest[..., 1:-1] > rest[..., :-2]) & later[:, None]
+    axes = {"layer": table.axes["layer"], "factor": table.axes["factor"]}
     found = {
-        "growth": _log(rest[:, :, last], rest[entries, :, site]),
-        "rising": (rises & later[:, None, :, None]).sum(2) / later.sum(1)[:, None, None],
-        "dilution": _log(relative[:, :, last], relative[entries, :, site]),
-        "turning": gauge[:, :, last] - gauge[entries, :, (site + 1).clamp_max(last)],
-        "last_block": _log(rest[:, :, last], rest[:, :, last - 1]),
-        "with_first": with_first,
-        "with_first_mean": _mean_from_site(with_first, site, result.factors),
+        "growth": _log(rest[..., last], _at(rest, site)),
+        "rising": rises.sum(-1) / later.sum(1)[:, None],
+        "dilution": _log(relative[..., last], _at(relative, site)),
+        "turning": gauge[..., last] - _at(gauge, (site + 1).clamp_max(last)),
+        "last_block": _log(rest[..., last], rest[..., last - 1]),
     }
-    alignments: tuple[Measure, ...] = ("alignment", "attention_alignment", "mlp_alignment")
-    for name in alignments:
-        found[name] = statistics.measure(name, "rest")[:, :, 1:-1]
-    kept = {name: tensor.movedim(-1, 0) for name, tensor in found.items()}
-    if alone:
-        kept["alone"] = torch.stack([_of_alone(of) for of in alone]).movedim(-1, 0)
-    return kept
+    with_first = _log(everything, rest)[..., :-1]
+    return {
+        **{name: by_text(values, **axes) for name, values in found.items()},
+        "with_first": by_text(with_first, **axes, depth=range(last + 1)),
+        "with_first_mean": by_text(_mean_from_site(with_first, site, axes["factor"]), layer=axes["layer"]),
+    }
+
+
+def _at(values: Tensor, depth: Tensor) -> Tensor:
+    """Numbers [text, layer, factor, depth] at a depth of every layer's own."""
+    return values.gather(-1, depth[:, None, None].expand(*values.shape[:-1], 1)).squeeze(-1)
 
 
 def _mean_from_site(values: Tensor, site: Tensor, factors: Sequence[float]) -> Tensor:
-    """Mean of [layer, factor, place, text] over the factors that are not 1, and over places from the site on."""
+    """Mean of [text, layer, factor, depth] over the factors that are not 1, and over depths from the site on."""
     changed = [j for j, factor in enumerate(factors) if factor != 1]
-    after = torch.arange(values.shape[2]) >= site[:, None]
-    return (values[:, changed] * after[:, None, :, None]).sum((1, 2)) / (len(changed) * after.sum(1))[:, None]
+    after = torch.arange(values.shape[-1]) >= site[:, None]
+    return (values[:, :, changed] * after[:, None]).sum((2, 3)) / (len(changed) * after.sum(1))
 
 
-def _of_alone(result: Sweep) -> Tensor:
-    """`ALONE_MEASURES`, over all positions: [measure, layer, factor, text]; without predictions the norm alone."""
-    norm = result.statistics.measure("frobenius", "all")[:, :, -2]
-    kl = [result.statistics.measure("kl", "all")[:, :, -1]] if result.statistics.predictions else []
-    return torch.stack([norm, *kl])
+def alone(results: Sequence[Sweep]) -> Tables:
+    """`ALONE_MEASURES` of position 0 scaled alone, and of the others alone: [text, who, metric, layer, factor]."""
+    if not results:
+        return {}
+    names = ALONE_MEASURES if results[0].statistics.predictions else ALONE_MEASURES[:1]
+    last = {"frobenius": -2, "kl": -1}
+    values = [torch.stack([of.measure(name, "all")[:, :, last[name]] for name in names]) for of in results]
+    axes = {"who": WHO, "metric": names, "layer": scaled_in(results[0]), "factor": results[0].factors}
+    return {"alone": by_text(torch.stack(values).movedim(-1, 0), **axes)}
 
 
 def _log(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -110,62 +114,69 @@ def _log(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """All that the claims about one entry are judged on: axis `factor` runs over the factors that are not 1."""
+    """All that the claims about one site are judged on: axis `factor` runs over the factors that are not 1."""
 
-    curves: Curves
-    entry: int
-    measured: Estimates
+    tables: Tables
+    """What `measured`, `evidence` and `alone` give, of one text or over windows."""
+    scaled: Scaled
+    site: str
+    positions: tuple[int, ...] | None
     upstream: float
     """Largest difference before the site, of a run that shares nothing with the clean one."""
 
     @property
     def layer(self) -> int:
         """The scaled block."""
-        return self.curves.layers[self.entry]
+        return layer_of(self.scaled)
 
     @property
     def n_layer(self) -> int:
         """How many blocks there are."""
-        return len(self.curves.places) - 2
-
-    @property
-    def changed(self) -> list[int]:
-        """The indices of the factors that are not 1."""
-        return [j for j, factor in enumerate(self.curves.factors) if factor != 1]
+        return len(self.tables["values"].axes["depth"]) - 2
 
     @property
     def factors(self) -> list[float]:
         """The factors that are not 1."""
-        return [self.curves.factors[j] for j in self.changed]
+        return [factor for factor in self.tables["values"].axes["factor"] if factor != 1]
 
-    def of(self, name: str) -> Estimate:
-        """Evidence about this entry: [factor, ...]."""
-        return self.measured[name].map(lambda tensor: tensor[self.entry, self.changed])
+    def of(self, name: str) -> Table:
+        """Evidence about this site: [factor, ...]."""
+        return self.tables[name].at(layer=self.scaled, factor=self.factors)
 
-    def frobenius(self) -> Estimate:
-        """The difference over all positions but the first: [factor, place]."""
-        return self.curves.estimate("frobenius", "rest").map(lambda tensor: tensor[self.entry, self.changed])
+    def measure(self, name: Measure) -> Table:
+        """A measure over all positions but the first: [factor, depth]."""
+        return self.of("values").at(metric=name, positions="rest")
+
+    def by_block(self, name: Measure) -> Table:
+        """A measure of what blocks write: [factor, block]."""
+        return self.measure(name).at(depth=[*range(1, self.n_layer + 1)])
+
+    def norm(self, of: str) -> Tensor:
+        """One of `NORMS` of the clean stream, by depth."""
+        return self.tables["norms"].at(of=of, depth=[*range(self.n_layer + 1)]).value
 
 
-def judge(curves: Curves, measured: Estimates, upstream: Sequence[float], basis: str) -> list[Verdict]:
-    """Every claim's verdict for every entry of a grid: of its text, or over its windows.
+def judge(
+    tables: Tables, site: str, positions: tuple[int, ...] | None, upstream: Sequence[float], basis: str
+) -> list[Verdict]:
+    """Every claim's verdict for everything that was scaled: of its text, or over its windows.
 
-    `measured` holds what `evidence` gives; `upstream` is, for every entry, the largest difference before its
-    site of a run that shares nothing with the clean one; `basis` says what the numbers rest on.
+    `tables` holds what `measured`, `evidence` and `alone` give; `upstream` is, for every entry, the largest difference
+    before its site of a run that shares nothing with the clean one; `basis` says what the numbers rest on.
     """
     verdicts = list[Verdict]()
-    for entry, layer in enumerate(curves.layers):
-        case = Case(curves, entry, measured, upstream[entry])
-        head = curves.heads[entry] if curves.heads else None
+    for scaled, largest in zip(tables["values"].axes["layer"], upstream, strict=True):
+        case = Case(tables, scaled, site, positions, largest)
         for number, (claim, decide) in enumerate(CLAIMS, start=1):
-            verdicts.append(Verdict.of(number, claim, _decide(decide, case), basis, layer, head))
+            decision = _decide(decide, case)
+            verdicts.append(Verdict.of(number, claim, decision, basis, layer_of(scaled), head_of(scaled)))
     return verdicts
 
 
 def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
     if not case.factors:
         return Decision("undecided", "Only factor 1 was run, which changes nothing.")
-    if case.curves.positions == (0,) and decide is not _upstream:
+    if case.positions == (0,) and decide is not _upstream:
         return Decision("undecided", "Nothing but position 0 was scaled, and the claims are about the other positions.")
     if decide in (_growth, _last_block) and case.layer == case.n_layer - 1:
         return Decision("undecided", "The scaled block is the last one: no block comes after it.")
@@ -174,10 +185,10 @@ def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
     return decide(case)
 
 
-def _ends(case: Case, estimate: Estimate, digits: int = 3) -> str:
+def _ends(case: Case, table: Table, digits: int = 3) -> str:
     """A figure at the first and the last factor, in words."""
-    ends = sorted({0, len(case.factors) - 1})
-    return " and ".join(f"{within(estimate.at(end), digits)} at factor {case.factors[end]:g}" for end in ends)
+    ends = dict.fromkeys((case.factors[0], case.factors[-1]))
+    return " and ".join(f"{within(table.at(factor=factor), digits)} at factor {factor:g}" for factor in ends)
 
 
 def _upstream(case: Case) -> Decision:
@@ -185,16 +196,16 @@ def _upstream(case: Case) -> Decision:
     sentence = "Blocks before the site read the same numbers in both runs, whatever the weights are."
     said = f"A run of its own differs there by {case.upstream:g}."
     outcome: Outcome = "true by construction" if holds else "does not hold"
-    basis = "" if case.curves.windows is None else "a run of its own over the first windows"
+    basis = "" if case.tables["values"].windows is None else "a run of its own over the first windows"
     return Decision(outcome, sentence, said, {"largest_difference_upstream": case.upstream}, "all", basis)
 
 
 def _jump(case: Case) -> Decision:
     place = case.layer + 1
-    curve, norm = case.frobenius().map(lambda tensor: tensor[:, place]), float(case.curves.norms.value[2, place])
+    curve, norm = case.measure("frobenius").at(depth=place), float(case.norm("of the others together")[place])
     jump, figures = curve.value, {"factors": case.factors, **figures_of(jump=curve), "norm_at_site": norm}
     said = f"The jump is {jump[0]:.3g} at factor {case.factors[0]:g} and {jump[-1]:.3g} at factor {case.factors[-1]:g}."
-    if case.curves.site != "output" or case.curves.positions is not None:
+    if case.site != "output" or case.positions is not None:
         outcome: Outcome = "holds" if bool((jump > 0).all()) else "does not hold"
         return Decision(outcome, "What was scaled is no longer what it was, so the stream is another.", said, figures)
     expected = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs() * norm
@@ -214,8 +225,8 @@ def _growth(case: Case) -> Decision:
     """
     growth, rising, turning, dilution = (case.of(name) for name in ("growth", "rising", "turning", "dilution"))
     tests = ((growth, UNCHANGED), (rising, MOST), (turning, UNCHANGED))
-    sure = torch.stack([above(estimate, threshold) for estimate, threshold in tests])
-    never = torch.stack([below(estimate, threshold) for estimate, threshold in tests])
+    sure = torch.stack([above(table, threshold) for table, threshold in tests])
+    never = torch.stack([below(table, threshold) for table, threshold in tests])
     outcome = all_of(sure, never)
     sentence = {
         "holds": "Later blocks add to the change, and turn it away from anything that a norm layer could undo.",
@@ -233,7 +244,8 @@ def _growth(case: Case) -> Decision:
         f"{_ends(case, turning)}. By the sign of carried and written, blocks that repair for every factor: {repair}; "
         f"that amplify for every factor: {amplify}; neither: {other}."
     )
-    parts = {f"{part}alignment_by_block": case.of(f"{part}alignment") for part in ("", "attention_", "mlp_")}
+    alignments: tuple[Measure, ...] = ("alignment", "attention_alignment", "mlp_alignment")
+    parts = {f"{name}_by_block": case.by_block(name) for name in alignments}
     multipliers = {"relative_over_passive": growth.map(torch.exp), "relative_last_over_site": dilution.map(torch.exp)}
     figures = {
         "factors": case.factors,
@@ -245,7 +257,7 @@ def _growth(case: Case) -> Decision:
 
 def _signs(case: Case) -> tuple[str, ...]:
     """The later blocks whose answer is negative for every factor, positive for every factor, and the others."""
-    answers, blocks = case.of("alignment"), range(case.layer + 1, case.n_layer)
+    answers, blocks = case.by_block("alignment"), range(case.layer + 1, case.n_layer)
     repair = [block for block in blocks if bool((answers.high[:, block] < 0).all())]
     amplify = [block for block in blocks if bool((answers.low[:, block] > 0).all())]
     other = [block for block in blocks if block not in (*repair, *amplify)]
@@ -255,11 +267,11 @@ def _signs(case: Case) -> tuple[str, ...]:
 def _first_token(case: Case) -> Decision:
     """Holds if with position 0 the difference is nearer to 10 times as large than to once, on average over factors
     and over depths from the site on."""
-    ratios = case.of("with_first").map(lambda tensor: tensor[:, case.layer + 1 :])
-    mean = case.measured["with_first_mean"].map(lambda tensor: tensor[case.entry])
+    ratios = case.of("with_first").at(depth=[*range(case.layer + 1, case.n_layer + 1)])
+    mean = case.tables["with_first_mean"].at(layer=case.scaled)
     outcome = all_of(above(mean, ORDER_OF_MAGNITUDE), below(mean, ORDER_OF_MAGNITUDE))
-    norms = case.curves.norms.value
-    share = norms[0, :-1] / norms[1, :-1]
+    first, others = case.norm("of position 0"), case.norm("mean of the others")
+    share = first / others
     peak = int(share.argmax())
     sentence = {
         "holds": "The first token's stream is so long that its change drowns the others'.",
@@ -274,8 +286,8 @@ def _first_token(case: Case) -> Decision:
     figures = {
         "factors": case.factors,
         **figures_of(all_over_rest=mean.map(torch.exp), all_over_rest_by_depth_from_site=ratios.map(torch.exp)),
-        "norm_of_position_0_by_depth": norms[0, :-1].tolist(),
-        "mean_norm_of_other_positions_by_depth": norms[1, :-1].tolist(),
+        "norm_of_position_0_by_depth": first.tolist(),
+        "mean_norm_of_other_positions_by_depth": others.tolist(),
         **_alone(case),
     }
     return Decision(outcome, sentence, said, figures, "all")
@@ -289,34 +301,32 @@ def alone_factors(factors: Sequence[float]) -> tuple[float, ...]:
 
 def _alone(case: Case) -> dict[str, object]:
     """The figures of position 0 scaled alone and of the others alone, at `alone_factors`."""
-    if "alone" not in case.measured:
+    if "alone" not in case.tables:
         return {}
-    found = case.measured["alone"].map(lambda tensor: tensor[:, :, case.entry])  # [who, measure, factor]
-    figures: dict[str, object] = {"alone_factors": list(alone_factors(case.curves.factors))}
-    for who, name in enumerate(("position_0", "others")):
-        for which in range(found.value.shape[1]):
-            figures |= figures_of(**{f"{name}_alone_{ALONE_MEASURES[which]}": found.at(who, which)})
-    return figures
+    found = case.tables["alone"].at(layer=case.scaled)
+    named = {f"{who}_alone_{name}": found.at(who=who, metric=name) for who in WHO for name in found.axes["metric"]}
+    return {"alone_factors": list(found.axes["factor"]), **figures_of(**named)}
 
 
 def _alone_in_words(case: Case) -> str:
-    if "alone" not in case.measured:
+    if "alone" not in case.tables:
         return ""
-    found = case.measured["alone"].map(lambda tensor: tensor[:, :, case.entry, 0])  # [who, measure], smallest factor
-    units = ("", " nats")[: found.value.shape[1]]
-    texts = [f"{within(found.at(who, which))}{unit}" for who in (0, 1) for which, unit in enumerate(units)]
-    first, others = texts[: len(units)], texts[len(units) :]
-    names = " and the kl of all predictions by " if len(units) == 2 else ""
+    found = case.tables["alone"].at(layer=case.scaled)
+    factor, names = found.axes["factor"][0], found.axes["metric"]
+    first, others = (
+        [within(found.at(who=who, metric=name, factor=factor)) + UNITS_ALONE[name] for name in names] for who in WHO
+    )
+    between = " and the kl of all predictions by "
     return (
-        f" At factor {alone_factors(case.curves.factors)[0]:g}, scaling position 0 alone moves the last depth by "
-        f"{names.join(first)}; scaling all others alone by {names.join(others)}."
+        f" At factor {factor:g}, scaling position 0 alone moves the last depth by {between.join(first)}; scaling all "
+        f"others alone by {between.join(others)}."
     )
 
 
 def _last_block(case: Case) -> Decision:
     change = case.of("last_block")
     outcome = all_of(below(change, UNCHANGED), above(change, UNCHANGED))
-    curve = case.frobenius().value
+    curve = case.measure("frobenius").value
     dropping = int(below(change, UNCHANGED).sum())
     sentence = {
         "holds": "The last block takes back a part of the change.",

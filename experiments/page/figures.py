@@ -14,11 +14,13 @@ from torch import Tensor
 
 from minigpt import Sweep, Tokenizer
 
-FORMATS = ("png", "svg")
 LIGHT, DARK = "light", "dark"
 WIDTH = 760  # pixels, of the PNG and the SVG; a page makes charts as wide as it is itself
 DIGITS = 5
 """Significant ones, of the numbers in a page: more than an eye sees, and fewer bytes."""
+SHOWN = ("value", "low", "high")
+NUMBERS = (*SHOWN, "sd", "median", "q1", "q3", "windows")
+"""The columns of a table's row that hold numbers, and those of them that charts show."""
 VISIBLE = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421, ord(" "): 0xB7, ord("\n"): 0x23CE}
 """Control characters and white space as signs that can be seen: a file of SVG may not hold the first."""
 
@@ -120,9 +122,30 @@ def config(theme: str) -> dict[str, Any]:
     }
 
 
-def rounded(numbers: Iterable[float]) -> list[float | None]:
-    """Numbers for a page; those that are not finite become null."""
-    return [float(f"{number:.{DIGITS}g}") if abs(number) < float("inf") else None for number in numbers]
+def rounded(number: float) -> float | None:
+    """A number for a page; one that is not finite becomes null."""
+    return float(f"{number:.{DIGITS}g}") if abs(number) < float("inf") else None
+
+
+def dataset(
+    rows: Iterable[Mapping[str, Any]], along: str = "", labels: Sequence[Any] = (), **constants: Any
+) -> list[dict[str, Any]]:
+    """A chart's data, of a table's tidy rows, after the constants.
+
+    Rows that differ in the column `along` alone become one, whose numbers are arrays over its labels: null where there
+    is no row. Without `along` every row stays one.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    place = {label: index for index, label in enumerate(labels)}
+    for row in rows:
+        named = {name: of for name, of in row.items() if name not in (along, *NUMBERS)}
+        into = found.setdefault(tuple(named.values()), {**constants, **named})
+        for name in (name for name in SHOWN if name in row):
+            if along:
+                into.setdefault(name, [None] * len(labels))[place[row[along]]] = rounded(row[name])
+            else:
+                into[name] = rounded(row[name])
+    return list(found.values())
 
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
@@ -152,7 +175,7 @@ def likeliest_cells(result: Sweep, tokenizer: Tokenizer) -> list[dict[str, Any]]
 def _likeliest(tokenizer: Tokenizer, ids: Tensor, probabilities: Tensor) -> list[tuple[str, float | None]]:
     """Tokens and their probabilities, white space made visible."""
     texts = (token.translate(VISIBLE) for token in tokenizer.tokens(ids.tolist()))
-    return list(zip(texts, rounded(probabilities.tolist()), strict=True))
+    return list(zip(texts, map(rounded, probabilities.tolist()), strict=True))
 
 
 def place_names(n_layer: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from experiments.estimates import Estimate
+from experiments.harness.table import Table
 
 # The thresholds of all experiments.
 UNCHANGED = 0.0
@@ -27,8 +27,8 @@ the sweep's own check is far stricter."""
 NEAR_0995 = 0.99
 """A correlation above this is within twice the distance that 0.995 has from 1."""
 FEWEST_WINDOWS = 20
-"""A bootstrap of fewer draws its interval from too few values: it comes out too narrow, of one window it has no "
-"width."""
+"""A bootstrap of fewer draws its interval from too few values: it comes out too narrow, of one window it has no
+width."""
 
 Outcome = Literal["holds", "does not hold", "true by construction", "undecided"]
 
@@ -105,24 +105,24 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
-def figures_of(**estimates: Estimate) -> dict[str, Any]:
-    """Estimates as figures: the values, and over a corpus their intervals."""
+def figures_of(**tables: Table) -> dict[str, Any]:
+    """Numbers as figures: the values, and over a corpus their intervals."""
     figures: dict[str, Any] = {}
-    for name, estimate in estimates.items():
-        figures[name] = estimate.value.tolist()
-        if estimate.spread:
-            figures |= {f"{name}_low": estimate.low.tolist(), f"{name}_high": estimate.high.tolist()}
+    for name, table in tables.items():
+        figures[name] = table.value.tolist()
+        if table.spread:
+            figures |= {f"{name}_low": table.low.tolist(), f"{name}_high": table.high.tolist()}
     return figures
 
 
-def above(estimate: Estimate, threshold: float) -> Tensor:
+def above(table: Table, threshold: float) -> Tensor:
     """Which numbers lie above a threshold with all of their interval: bool."""
-    return estimate.low > threshold
+    return table.low > threshold
 
 
-def below(estimate: Estimate, threshold: float) -> Tensor:
+def below(table: Table, threshold: float) -> Tensor:
     """Which numbers lie at or below a threshold with all of their interval: bool."""
-    return estimate.high <= threshold
+    return table.high <= threshold
 
 
 def all_of(true: Tensor, false: Tensor) -> Outcome:
@@ -132,12 +132,12 @@ def all_of(true: Tensor, false: Tensor) -> Outcome:
     return "does not hold" if bool(false.any()) else "undecided"
 
 
-def within(estimate: Estimate, digits: int = 3) -> str:
+def within(table: Table, digits: int = 3) -> str:
     """A single number in words, with its interval where it has one."""
-    value = f"{float(estimate.value):.{digits}g}"
-    if not estimate.spread:
+    value = f"{float(table.value):.{digits}g}"
+    if not table.spread:
         return value
-    return f"{value} ({float(estimate.low):.{digits}g} to {float(estimate.high):.{digits}g})"
+    return f"{value} ({float(table.low):.{digits}g} to {float(table.high):.{digits}g})"
 
 
 def lines_of(verdicts: Sequence[Verdict], columns: int) -> Iterator[str]:

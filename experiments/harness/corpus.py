@@ -1,4 +1,4 @@
-"""A measurement repeated over the windows of a corpus, by one process or by many.
+"""A corpus: texts cut into windows, windows measured in shards, by one process or by many.
 
     torchrun --nproc-per-node 2 -m experiments.divergence --texts corpus.txt
 
@@ -8,31 +8,31 @@ stopped, and ends with the same bits on any number of ranks (with equal threads 
 matrix product depend on them).
 """
 
+import csv
 import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 from tqdm import tqdm
 
-from experiments.texts import COUNTS, Texts
+from experiments.harness.ranks import Ranks
 from minigpt import Tokenizer
 from minigpt.files import open_tensors, read_json, write_tensors, write_text
 
+COUNTS = ("texts", "windows", "tokens", "skipped")
+"""What `Texts.count` counts."""
 SHARD_WINDOWS = 16
 """Windows that are measured and written together."""
 RESAMPLES, SEED = 1000, 0
@@ -40,8 +40,6 @@ RESAMPLES, SEED = 1000, 0
 INTERVAL = (0.025, 0.975)
 BOOTSTRAP = {"of": "mean", "quantiles": INTERVAL, "resamples": RESAMPLES, "seed": SEED}
 """How `low` and `high` come about, for a summary."""
-PATIENCE = timedelta(days=30)
-"""A rank may wait as long as another works; one that dies is noticed by torchrun, which ends them all."""
 MOST_NUMBERS = 2**20
 """Numbers held at once when windows are combined: 8 MiB."""
 FEWEST_COLUMNS = 64
@@ -55,89 +53,119 @@ Measure = Callable[[Windows], dict[str, Tensor]]
 """Token ids of some windows -> tensors whose first axis is the window."""
 
 
-def rank_device(device: torch.device) -> torch.device:
-    """The GPU of this rank, where torchrun started several on one machine."""
-    if device.type != "cuda" or not dist.is_torchelastic_launched():
-        return device
-    local, ranks, there = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if ranks > there or (device.index is not None and ranks > 1):
-        raise ValueError(f"{ranks} processes need a GPU each, and here are {there}: start fewer, with --device cuda.")
-    return torch.device("cuda", local) if device.index is None else device
-
-
-def default_max_bytes(device: torch.device) -> int:
-    """Memory for a pass that does not depend on what is free, so that every run splits its cells alike."""
-    return torch.cuda.mem_get_info(device)[1] // 4 if device.type == "cuda" else 2**30
+# Texts and windows.
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that share the work."""
+class Texts:
+    """Where the windows come from."""
 
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
+    path: str
+    sha256: str
+    column: str
+    """The field of a JSON line, or the column of a CSV file, that holds the text."""
+    window: int
+    """Most tokens of a window."""
+    limit: int | None
+    """Most windows; None for all."""
+    shortest: int = 2
+    """Pieces of fewer tokens are skipped."""
 
-    def from_first(self, prepare: Callable[[], list[int]]) -> list[int]:
-        """Numbers that rank 0 prepares while the others wait; they leave without a word when it fails."""
-        numbers = list[int]()
-        if self.rank == 0:
+    @classmethod
+    def of(cls, path: Path, column: str, window: int, limit: int | None, shortest: int = 2) -> "Texts":
+        """Raises ValueError for a file that is not there and for numbers that leave nothing to measure."""
+        if not path.is_file():
+            raise ValueError(f"--texts {path} is not a file; give a .txt, .jsonl or .csv file.")
+        if window < shortest:
+            raise ValueError(f"--window is {window}; expected {shortest} tokens or more to have something to measure.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"--limit is {limit}; expected 1 window or more.")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(str(path), digest, column, window, limit, shortest)
+
+    def windows(self, tokenizer: Tokenizer) -> Iterator[list[int]]:
+        """Token ids of every window, one text after the other."""
+        kept = (piece for pieces in self._pieces(tokenizer) for piece in pieces if len(piece) >= self.shortest)
+        return itertools.islice(kept, self.limit)
+
+    def first_windows(self, tokenizer: Tokenizer, count: int) -> list[list[int]]:
+        """The first few windows. Raises ValueError when there is none."""
+        found = list(itertools.islice(self.windows(tokenizer), count))
+        if not found:
+            raise ValueError(f"--texts {self.path}: no text has {self.shortest} tokens or more.")
+        return found
+
+    def count(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """How many texts, windows and tokens there are; `skipped` pieces are too short."""
+        counts = dict.fromkeys(COUNTS, 0)
+        for pieces in self._pieces(tokenizer):
+            if counts["windows"] == self.limit:
+                break
+            counts["texts"] += 1
+            for piece in pieces:
+                if counts["windows"] == self.limit:
+                    break
+                kept = len(piece) >= self.shortest
+                counts["skipped"] += not kept
+                counts["windows"] += kept
+                counts["tokens"] += kept * len(piece)
+        return counts
+
+    def _pieces(self, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
+        """Every text's tokens, cut into windows."""
+        for number, text in enumerate(read_texts(Path(self.path), self.column), start=1):
             try:
-                numbers = prepare()
-            except BaseException:
-                self._broadcast(torch.tensor([-1]))
-                raise
-        length = int(self._broadcast(torch.tensor([len(numbers)])))
-        if length < 0:
-            raise SystemExit(1)
-        return self._broadcast(torch.tensor(numbers or [0] * length, dtype=torch.int64)).tolist()
-
-    def wait(self) -> None:
-        """Return when every rank has come here."""
-        if self.world == 1:
-            return
-        here = torch.zeros(1, device=self.device)
-        try:
-            dist.all_reduce(here)
-        except RuntimeError:  # another rank is gone; torchrun says which
-            raise SystemExit(1) from None
-        here.item()  # NCCL lets the host go on before the GPUs have met
-
-    def _broadcast(self, numbers: Tensor) -> Tensor:
-        numbers = numbers.to(self.device)
-        if self.world > 1 and numbers.numel():
-            dist.broadcast(numbers, src=0)
-        return numbers
+                ids = tokenizer.encode(text)
+            except ValueError as error:
+                raise ValueError(f"--texts {self.path}, text {number}: {error}") from None
+            yield [ids[start : start + self.window] for start in range(0, max(1, len(ids)), self.window)]
 
 
-@contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun started, joined by PyTorch's process group; one alone where it started none."""
-    if not dist.is_torchelastic_launched():
-        yield Ranks()
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=_store(), rank=rank, world_size=world, timeout=PATIENCE)
-    try:
-        yield Ranks(rank, world, str(device))
-    finally:
-        dist.destroy_process_group()
+def read_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of a file, one at a time: JSON lines (.jsonl, .ndjson), CSV (.csv), or else one text a line.
 
-
-def _store() -> Store:
-    """Where the ranks find each other.
-
-    torchrun's own store outlives a restart, and with it the addresses of ranks that are gone
-    (github.com/pytorch/pytorch/issues/135712): every attempt gets names of its own.
+    Raises ValueError for a file that is not UTF-8, is not what its name says, or lacks the column.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    master = not shared and os.environ["RANK"] == "0"
-    store = TCPStore(address, port, is_master=master, wait_for_workers=False, timeout=PATIENCE)
-    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if shared else store
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() in (".jsonl", ".ndjson"):
+                yield from _of_json_lines(file, path, column)
+            elif path.suffix.lower() == ".csv":
+                yield from _of_csv(file, path, column)
+            else:
+                yield from (line.rstrip("\r\n") for line in file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--texts {path} is not UTF-8 ({error.reason}); convert it.") from None
+
+
+def _of_json_lines(lines: Iterable[str], path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--texts {path}, line {number} is not JSON: {error}.") from None
+        text = found.get(column) if isinstance(found, dict) else found
+        if not isinstance(text, str):
+            raise ValueError(f"--texts {path}, line {number} has no text in {column!r}; name the field: --text-column.")
+        yield text
+
+
+def _of_csv(lines: Iterable[str], path: Path, column: str) -> Iterator[str]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        if column not in (reader.fieldnames or []):
+            names = ", ".join(map(repr, reader.fieldnames or []))
+            raise ValueError(f"--texts {path} has no column {column!r}, but {names}; name it with --text-column.")
+        yield from (row[column] or "" for row in reader)
+    except csv.Error as error:
+        raise ValueError(f"--texts {path}, line {reader.line_num} is not CSV: {error}.") from None
+
+
+# Windows that were measured.
 
 
 @dataclass(frozen=True)
@@ -161,6 +189,11 @@ class Shards:
         """
         described = self.folder / "settings.json"
         other = self._other_settings(described)
+        if other == ["code"] and not overwrite:
+            raise ValueError(
+                f"{self.folder} holds windows of this run, but the code has changed since; choose another --output, or "
+                "add --overwrite to measure again."
+            )
         if other and not overwrite:
             raise ValueError(
                 f"{self.folder} holds windows of a run with other settings ({', '.join(other)}); choose another "
@@ -192,7 +225,7 @@ class Shards:
     def write(self, number: int, measured: dict[str, Tensor]) -> None:
         """Write a shard whole, or not at all: every tensor as [window, column]."""
         shapes = {name: list(values.shape[1:]) for name, values in measured.items()}
-        flat = {name: values.flatten(1).contiguous() for name, values in measured.items()}
+        flat = {name: values.reshape(len(values), -1).contiguous() for name, values in measured.items()}
         # one key: safetensors writes several in no fixed order, and equal runs shall write equal files
         metadata = {"shard": json.dumps({"settings": self.fingerprint, "shapes": shapes})}
         write_tensors(self.path(number), flat, metadata)

@@ -1,13 +1,11 @@
 """The charts of the token-loss experiment and the data behind them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments import charts
-from experiments.figures import Control, Figure, Figures, likeliest_cells, rounded, token_labels
-from experiments.runner import Study
-
-if TYPE_CHECKING:
-    from experiments.token_loss import TokenLoss
+from experiments.harness.experiment import Study
+from experiments.harness.table import Table
+from experiments.page import charts
+from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, token_labels
 
 NATS = "change of the loss, nats"
 LOSSES = {"loss_change": "the whole text", "target_loss_change": "the target"}
@@ -15,23 +13,25 @@ CORRELATIONS = {"correlation": "mean over the text", "target_correlation": "wher
 KL = {"kl_from_clean": "kl(scaled, clean)", "kl_after_temperature": "left after the best temperature"}
 
 
-def figures(experiment: "TokenLoss", study: Study[Any]) -> Figures:
+def figures(study: Study[Any]) -> Figures:
     """Loss, correlation and temperature by layer; of a prompt also the tokens that suffer, and what could come."""
-    names = [f"block {layer}" for layer in experiment.settings.layers]
-    factors = experiment.settings.factors
+    table = study.tables["values"]
+    factors = table.axes["factor"]
+    names = [f"block {layer}" for layer in table.axes["layer"]]
     shown = _bars(names, factors[0], study.windows is not None)
-    data: dict[str, Any] = {"layers": _layers(experiment, study, names)}
+    data: dict[str, Any] = {"layers": _layers(table, names)}
     factor = Control("factor", "factor", [(of, f"{of:g}") for of in factors], factors[0])
     if study.counts:
         return Figures(shown, data, {}, [factor])
     layer = Control("layer", "scaled (in the table below)", [(name, name) for name in names], names[0])
-    data["tokens"] = _tokens(experiment, study)
+    tokens, labels = study.tables["tokens"], token_labels(study.tokens)
+    rows = ({**row, "token": labels[row["position"]]} for row in tokens.rows())
+    data["tokens"] = dataset(rows, "layer", tokens.axes["layer"])
     cells = likeliest_cells(study.raw.before, study.tokenizer)
-    table = [{**cell, "layer": names[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells]
+    likeliest = [{**cell, "layer": names[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells]
     title = "The ten most likely tokens where the target should come"
-    reach = float(experiment.token_changes(study).abs().max())
-    shown.append(_token_map(names, factors[0], token_labels(study.tokens)[1:], reach))
-    return Figures(shown, data, {"tokens": names}, [layer, factor], {}, table, title)
+    shown.append(_token_map(names, factors[0], labels[1:], float(tokens.value.abs().max())))
+    return Figures(shown, data, {"tokens": names}, [layer, factor], {}, likeliest, title)
 
 
 def _bars(names: list[str], factor: float, intervals: bool) -> list[Figure]:
@@ -63,24 +63,9 @@ def _token_map(names: list[str], factor: float, tokens: list[str], reach: float)
     return Figure("tokens", "Which tokens suffer", alt, "Orange: the token became less likely.", spec)
 
 
-def _layers(experiment: "TokenLoss", study: Study[Any], names: list[str]) -> list[dict[str, Any]]:
-    rows = []
+def _layers(table: Table, names: list[str]) -> list[dict[str, Any]]:
+    found = []
     for kind, parts in (("loss", LOSSES), ("correlation", CORRELATIONS), ("temperature", KL)):
-        for name, part in parts.items():
-            estimate = experiment.of(study, name)
-            for entry, place in enumerate(names):
-                for index, factor in enumerate(experiment.settings.factors):
-                    at = estimate.at(entry, index)
-                    value, low, high = rounded([float(at.value), float(at.low), float(at.high)])
-                    rows.append({"kind": kind, "part": part, "place": place, "factor": factor,
-                                 "value": value, "low": low, "high": high})  # fmt: skip
-    return rows
-
-
-def _tokens(experiment: "TokenLoss", study: Study[Any]) -> list[dict[str, Any]]:
-    changes = experiment.token_changes(study)
-    return [
-        {"factor": factor, "token": label, "value": rounded(changes[:, index, position].tolist())}
-        for index, factor in enumerate(experiment.settings.factors)
-        for position, label in enumerate(token_labels(study.tokens)[1:])
-    ]
+        shown = table.at(metric=list(parts)).named("metric", "part", list(parts.values()))
+        found += dataset(shown.named("layer", "place", names).rows(kind=kind))
+    return found

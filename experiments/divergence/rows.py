@@ -1,0 +1,70 @@
+"""What the divergence study measures: the rows of its table, and what names their axes."""
+
+from typing import NamedTuple
+
+import torch
+
+from experiments.harness.table import Tables, by_measure, by_text
+from experiments.harness.verdicts import describe_entry
+from minigpt import Sweep
+from minigpt.measures import MEASURES, OF_PREDICTIONS
+
+
+class Head(NamedTuple):
+    """A head that was scaled; where whole layers were, a layer's number stands in its place."""
+
+    layer: int
+    head: int
+
+
+Scaled = int | Head
+COLUMNS = ("model", "site", "layer", "head", "factor", "depth", "positions", "metric")
+"""The first ones of divergence.csv, in order; `head` where heads were scaled."""
+NORMS = ("of position 0", "mean of the others", "of the others together")
+
+
+def scaled_in(result: Sweep) -> list[Scaled]:
+    """What was scaled in each entry of a sweep."""
+    return [*map(Head, result.layers, result.heads)] if result.heads else [*result.layers]
+
+
+def layer_of(scaled: Scaled) -> int:
+    """The layer of a head, or itself."""
+    return scaled.layer if isinstance(scaled, Head) else scaled
+
+
+def head_of(scaled: Scaled) -> int | None:
+    """The head, where one was scaled."""
+    return scaled.head if isinstance(scaled, Head) else None
+
+
+def in_words(scaled: Scaled, site: str, positions: tuple[int, ...] | None) -> str:
+    """What was scaled, in words."""
+    part = f"head {scaled.head}" if isinstance(scaled, Head) else {"mlp": "MLP"}.get(site, site)
+    block = f"{part} of {describe_entry(layer_of(scaled), None)}"
+    if positions is None:
+        return block
+    return f"{block} at position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"
+
+
+def measured(result: Sweep) -> Tables:
+    """What a sweep of some texts gives.
+
+    `values`: every measure [text, positions, metric, layer, factor, depth]; `norms` of the clean stream, by `NORMS`
+    [text, of, depth].
+    """
+    names = [name for name in MEASURES if result.statistics.predictions or name not in OF_PREDICTIONS]
+    values = by_measure(result, names, layer=scaled_in(result), factor=result.factors)
+    clean = result.statistics.clean_sq  # [place, text, position]
+    first, others = clean[..., :1].sqrt(), clean[..., 1:].sqrt()
+    mean = others.sum(-1, keepdim=True) / (result.lengths[:, None] - 1)
+    norms = torch.cat([first, mean, others.square().sum(-1, keepdim=True).sqrt()], -1).permute(1, 2, 0)
+    return {"values": values, "norms": by_text(norms, of=NORMS, depth=values.axes["depth"])}
+
+
+def tokens_of(result: Sweep) -> Tables:
+    """`tokens`, the norm of the difference at every position [text, position, layer, factor, depth]."""
+    norms = result.statistics.difference_sq.sqrt().permute(3, 4, 0, 1, 2)
+    depths = [*range(norms.shape[-1] - 1), "final"]
+    axes = {"position": range(norms.shape[1]), "layer": scaled_in(result), "factor": result.factors}
+    return {"tokens": by_text(norms, **axes, depth=depths)}

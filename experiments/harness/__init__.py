@@ -1,0 +1,1 @@
+"""What every experiment stands on: options, texts, ranks, tables, verdicts, and files."""

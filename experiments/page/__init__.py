@@ -1,0 +1,1 @@
+"""What every report consists of: charts, their data, and the page around them."""

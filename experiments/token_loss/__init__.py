@@ -1,0 +1,1 @@
+"""One layer is scaled: what becomes of the loss?"""

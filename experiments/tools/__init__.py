@@ -1,0 +1,1 @@
+"""What is no experiment: the training of weights/tiny, and the benchmark."""

@@ -1,0 +1,1 @@
+"""A tour in the browser."""

@@ -1,0 +1,356 @@
+"""What the tour's cells show: charts, tables and sentences, of the rows that the study measures.
+
+Texts and tokens are data: what shows them escapes them first. Numbers in sentences are computed from what is shown,
+never written down. Tables here have an axis `place`, with the names that the page gives the depths.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import altair as alt
+import marimo as mo
+import torch
+from torch import Tensor
+
+from experiments.divergence import claims
+from experiments.divergence.rows import measured
+from experiments.harness.experiment import encode_prompt
+from experiments.harness.table import Table, Tables, by_measure, of_text
+from experiments.harness.verdicts import Verdict
+from experiments.page.charts import FACTOR_COLOURS
+from experiments.page.figures import VISIBLE
+from minigpt import GPT2, Comparison, Sweep, Tokenizer, scaled
+from minigpt.measures import Measure
+from minigpt.parameters import scale_name
+
+FINAL = "final norm"
+STUDIED, LOW, HIGH = 2, 0.5, 1.5
+BLUE, ORANGE = FACTOR_COLOURS[::2]
+GREY = "#808080"  # can be seen on white and on black
+ENDS = {f"factor {LOW:g}": BLUE, f"factor {HIGH:g}": ORANGE}
+FACTORS = dict(zip(ENDS, (LOW, HIGH), strict=True))
+LINES = alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
+MONO = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;"
+CHIP = "display:inline-block;margin:2px;padding:1px 5px;border-radius:4px;background:#8080802e;text-align:center;"
+COMPARED: tuple[Measure, ...] = ("frobenius", "relative", "passive", "kl")
+Rows = list[dict[str, Any]]
+
+
+def read_prompt(tokenizer: Tokenizer, text: str, n_positions: int) -> tuple[list[int], str]:
+    """The ids of a text and nothing, or no ids and a sentence that says what is wrong with it."""
+    try:
+        return encode_prompt(tokenizer, text, n_positions), ""
+    except ValueError as error:
+        return [], str(error)
+
+
+def visible(token: str) -> str:
+    """A token as HTML that shows its very characters, spaces and line ends too."""
+    return escape(token.translate(VISIBLE))
+
+
+def tokens_html(tokens: Sequence[str], ids: Sequence[int]) -> str:
+    """Tokens in a row, each above its position."""
+    chips = [
+        f'<span style="{CHIP}" title="id {number}"><span style="{MONO}">{visible(token)}</span>'
+        f'<br><small style="color:{GREY}">{position}</small></span>'
+        for position, (token, number) in enumerate(zip(tokens, ids, strict=True))
+    ]
+    return f'<div class="tour-tokens">{"".join(chips)}</div>'
+
+
+def note(sentence: str, kind: Any = "neutral") -> mo.Html:
+    """A sentence that was computed, or that quotes the reader, in a box; nothing in it is markup."""
+    return mo.callout(mo.Html(f'<div class="tour-note">{escape(sentence)}</div>'), kind=kind)
+
+
+@torch.no_grad()
+def stream_norms(model: GPT2, ids: Tensor) -> Tensor:
+    """Norm of the clean stream of the first text: [place, position]."""
+    depths = model.residuals(ids)
+    return torch.cat([depths, model.final_norm(depths[-1:])])[:, 0].double().norm(dim=-1)
+
+
+def norms_chart(norms: Tensor, tokens: Sequence[str], names: Sequence[str]) -> Any:
+    """The norm of every position's stream by depth."""
+    colours = {"other positions": GREY, "position 0": ORANGE}
+    rows = Rows()
+    for position in [*range(1, len(tokens)), 0]:  # the last one lies on top
+        series = "other positions" if position else "position 0"
+        of_position = Table({"place": names}, norms[:, position])
+        rows += of_position.rows(series=series, position=position, token=tokens[position])
+    return by_depth(rows, names, "norm of the stream", named_colours(colours), strokeWidth=alt.value(1.2))
+
+
+def norms_sentence(norms: Tensor, names: Sequence[str]) -> str:
+    """What the chart of norms shows, in numbers."""
+    first, others = norms[:-1, 0], norms[:-1, 1:].mean(1)
+    ratio = first / others
+    peak = int(ratio.argmax())
+    return (
+        f"The mean norm of the other positions is {others[0]:.3g} at the embeddings and {others[-1]:.3g} after the "
+        f"last block. Position 0 stands out most at depth {peak} ({names[peak]}): {ratio[peak]:.3g} times that mean."
+    )
+
+
+def named_colours(colours: Mapping[str, str]) -> alt.Color:
+    """A colour for every series, and a legend above the chart."""
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    return alt.Color("series:N", scale=scale, title=None, legend=LINES)
+
+
+def factor_colours() -> alt.Color:
+    """As in the study's figures: blue below 1, grey at 1, orange above."""
+    legend = alt.Legend(orient="top", format=".2~f", values=[LOW, (LOW + 1) / 2, 1, (1 + HIGH) / 2, HIGH])
+    scale = alt.Scale(domain=(LOW, 1, HIGH), range=FACTOR_COLOURS, interpolate="rgb")
+    return alt.Color("factor:Q", scale=scale, legend=legend)
+
+
+def place_axis(names: Sequence[str]) -> alt.X:
+    """The places by name; all of them, also those without a number."""
+    axis = alt.Axis(labelAngle=-50, grid=False, labelOverlap=False)
+    return alt.X("place:N", scale=alt.Scale(domain=list(names)), title=None, axis=axis)
+
+
+def by_depth(rows: Rows, names: Sequence[str], title: str, colour: alt.Color, **encoding: Any) -> Any:
+    """Lines over the depths, one for each set of labels; diamonds at the final norm, which is no depth."""
+    labels = [key for key in rows[0] if key not in ("place", "value")]
+    top = max(row["value"] for row in rows)
+    shared = {
+        "x": place_axis(names),
+        "y": alt.Y("value:Q", title=title, scale=alt.Scale(domain=(0, 1.08 * top or 1), nice=False)),
+        "color": colour,
+        "detail": [f"{label}:N" for label in labels],
+        "tooltip": [*(f"{label}:N" for label in labels), "place:N", alt.Tooltip("value:Q", format=".4g")],
+    }
+    depths, final = (alt.Data(values=[row for row in rows if (row["place"] == FINAL) is at]) for at in (False, True))
+    lines = alt.Chart(depths).mark_line(point=alt.OverlayMarkDef(size=20)).encode(**shared, **encoding)
+    diamonds = alt.Chart(final).mark_point(shape="diamond", size=45, filled=True, opacity=1).encode(**shared)
+    return sized(lines + diamonds)
+
+
+def sized(chart: Any) -> Any:
+    """As wide as the page, and without vega's menu, which offers to open the chart on a site elsewhere."""
+    chart = chart.properties(width="container", height=250, usermeta={"embedOptions": {"actions": False}})
+    return chart.configure_view(stroke=None).configure_axis(labelFontSize=11, titleFontSize=12)
+
+
+def scales_of(
+    n_head: int, block: int, output: float, attention: float, mlp: float, head: int, head_scale: float
+) -> dict[str, float | Tensor]:
+    """The sliders' values as `scaled` and `compare` take them."""
+    heads = torch.ones(n_head)
+    heads[head] = round(head_scale, 2)
+    numbers = [round(value, 2) for value in (output, attention, mlp)]  # the browser counts 0.1, 0.15000000000000002
+    names = [scale_name(block, site) for site in ("output", "attention", "mlp", "head")]
+    return dict(zip(names, [*numbers, heads], strict=True))
+
+
+def code_of(scales: Mapping[str, float | Tensor]) -> str:
+    """Python that does what the sliders do; scales of 1 are left out."""
+    lines = list[str]()
+    for name, value in scales.items():
+        if isinstance(value, Tensor) and bool((value != 1).any()):
+            lines.append(f'    "{name}": torch.tensor({[round(number, 2) for number in value.tolist()]}),')
+        elif not isinstance(value, Tensor) and value != 1:
+            lines.append(f'    "{name}": {value:g},')
+    return "\n".join(
+        ["change = {", *lines, "}", "with torch.no_grad(), scaled(model, change):", "    logits = model(ids)"]
+    )
+
+
+def compared(comparison: Comparison, names: Sequence[str]) -> Table:
+    """`COMPARED` of the first intervention on the first text, all positions but the first: [metric, place]."""
+    table = by_measure(comparison, COMPARED, run=[0]).at(text=0, positions="rest", run=0)
+    return table.named("depth", "place", names)
+
+
+def figures_of(comparison: Comparison, table: Table, site: str) -> dict[str, float]:
+    """What a change comes to: numbers by the label that the page gives them; `site` is the place after it."""
+    last, predictions = table.axes["place"][-2], comparison.statistics.predictions
+    shown = {
+        "mean KL, all positions but the first (nats)": ("kl", FINAL),
+        "frobenius after the scaled block": ("frobenius", site),
+        "frobenius after the last block": ("frobenius", last),
+        "relative after the last block": ("relative", last),
+    }
+    numbers = {label: float(table.at(metric=name, place=place).value) for label, (name, place) in shown.items()}
+    after = {"KL after the text (nats)": float(predictions.kl.flatten(0, -2)[0, -1])} if predictions else {}
+    return {**after, **numbers}
+
+
+def figures_html(figures: Mapping[str, float]) -> str:
+    """Numbers side by side, each above its label."""
+    boxes = [
+        f'<div style="flex:1 1 110px"><div class="tour-figure" style="font-size:1.4rem">{value:.3g}</div>'
+        f'<div style="font-size:0.8rem;line-height:1.2;color:{GREY}">{escape(label)}</div></div>'
+        for label, value in figures.items()
+    ]
+    return f'<div style="display:flex;flex-wrap:wrap;gap:14px">{"".join(boxes)}</div>'
+
+
+def relative_chart(table: Table, runs: Mapping[str, Table], colours: Mapping[str, str]) -> Any:
+    """`relative` by place of some runs, by name; dashed, `passive` of `table`: [metric, place] each."""
+    names, colours = table.axes["place"], {"passive": GREY, **colours}
+    rows = [*table.at(metric="passive").rows(series="passive")]
+    for name, run in runs.items():
+        rows += run.at(metric="relative").rows(series=name)
+    dashes = alt.Scale(domain=list(colours), range=[[5, 4]] + [[1, 0]] * len(runs))
+    dash = alt.StrokeDash("series:N", scale=dashes, title=None, legend=LINES)
+    return by_depth(rows, names, "relative", named_colours(colours), strokeDash=dash)
+
+
+def likely_of(comparison: Comparison, tokenizer: Tokenizer) -> list[list[tuple[int, str, float]]]:
+    """The most likely tokens after the first text, as id, text and probability, of the clean and of the scaled run."""
+    found = comparison.statistics.clean_predictions, comparison.statistics.predictions
+    tables = [(of.top.flatten().tolist(), of.top_probability.flatten().tolist()) for of in found if of]
+    return [list(zip(top, tokenizer.tokens(top), probability, strict=True)) for top, probability in tables]
+
+
+def likely_html(clean: Sequence[tuple[int, str, float]], scaled_run: Sequence[tuple[int, str, float]]) -> str:
+    """Two rankings side by side, probabilities as numbers and as bars."""
+    top = max(probability for _, _, probability in [*clean, *scaled_run])
+    ranks = {number: rank for rank, (number, _, _) in enumerate(clean, start=1)}
+
+    def cell(token: str, probability: float, colour: str) -> str:
+        bar = f"linear-gradient(to right, {colour}40 {100 * probability / top:.1f}%, transparent 0)"
+        return (
+            f'<td style="padding:2px 6px;background:{bar}"><span style="{MONO}">{visible(token)}</span>'
+            f'<span style="float:right">{probability:.3f}</span></td>'
+        )
+
+    lines = [
+        f'<tr><td style="color:{GREY}">{rank}</td>{cell(*one[1:], GREY)}{cell(*other[1:], BLUE)}'
+        f'<td style="padding-left:8px;color:{GREY}">{ranks.get(other[0], "new")}</td></tr>'
+        for rank, (one, other) in enumerate(zip(clean, scaled_run, strict=True), start=1)
+    ]
+    titles = "".join(f'<th style="text-align:left">{title}</th>' for title in ("", "clean", "scaled", "clean rank"))
+    columns = '<col style="width:2em"><col><col><col style="width:5.5em">'
+    style = "width:100%;table-layout:fixed;border-collapse:separate;border-spacing:4px 2px;font-size:0.9rem"
+    rows = f"<tr>{titles}</tr>{''.join(lines)}"
+    return f'<table class="tour-likely" style="{style}"><colgroup>{columns}</colgroup>{rows}</table>'
+
+
+def tables_of(result: Sweep, alone: Sequence[Sweep]) -> Tables:
+    """What the study measures of the first text; `alone` are position 0 scaled alone and the others alone."""
+    tables = measured(result)
+    return of_text({**tables, **claims.evidence(tables["values"]), **claims.alone(alone)})
+
+
+@torch.no_grad()
+def differences_up_to(model: GPT2, ids: Tensor, block: int, factor: float) -> list[float]:
+    """Largest difference at every depth up to the site, of two runs that share nothing."""
+    clean = model.residuals(ids)
+    with scaled(model, {scale_name(block): factor}):
+        difference = model.residuals(ids) - clean
+    return difference[: block + 2].abs().amax(dim=(1, 2, 3)).tolist()
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """The study's verdict on a claim, as it prints it."""
+    return f"On this text: {verdict.verdict}. {verdict.sentence} {verdict.evidence}"
+
+
+def table_html(names: Sequence[str], values: Sequence[str]) -> str:
+    """Values in a row, each below its name."""
+    style = 'style="padding:2px 14px 2px 0;text-align:left"'
+    head, body = (
+        "".join(f"<{tag} {style}>{escape(word)}</{tag}>" for word in words)
+        for tag, words in (("th", names), ("td", values))
+    )
+    return f'<table style="font-size:0.9rem"><tr>{head}</tr><tr>{body}</tr></table>'
+
+
+def jump_chart(at_site: Table, length: float) -> Any:
+    """`frobenius` right after the site [factor], and as it must be, for a clean stream so long."""
+    rows = [{**row, "expected": abs(row["factor"] - 1) * length} for row in at_site.rows()]
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("factor:Q", scale=alt.Scale(domain=(LOW, HIGH), padding=8), axis=alt.Axis(grid=False, tickCount=5)),
+        tooltip=["factor:Q", alt.Tooltip("value:Q", format=".4g"), alt.Tooltip("expected:Q", format=".4g")],
+    )
+    line = base.mark_line(color=GREY).encode(y=alt.Y("expected:Q", title="frobenius at the site"))
+    return sized(
+        line + base.mark_point(filled=True, size=45, opacity=1).encode(y="value:Q", color=factor_colours().legend(None))
+    )
+
+
+def at_the_ends(table: Table) -> dict[str, Table]:
+    """Of a table with factors, what belongs to the lowest and to the highest, with their names."""
+    return {name: table.at(factor=factor) for name, factor in FACTORS.items()}
+
+
+def bars(rows: Rows, names: Sequence[str], title: str) -> Any:
+    """Bars by place, one for each of the two ends of the factors."""
+    encoding = {
+        "x": place_axis(names),
+        "xOffset": alt.XOffset("series:N", scale=alt.Scale(domain=list(ENDS))),
+        "y": alt.Y("value:Q", title=title),
+        "color": named_colours(ENDS).legend(orient="top"),
+        "tooltip": ["series:N", "place:N", alt.Tooltip("value:Q", format=".4g")],
+    }
+    return sized(alt.Chart(alt.Data(values=rows)).mark_bar().encode(**encoding))
+
+
+def later_blocks(table: Table) -> list[str]:
+    """The places that blocks after the scaled one have written."""
+    return list(table.axes["place"][STUDIED + 2 : -1])
+
+
+def alignment_chart(table: Table) -> Any:
+    """Which blocks after the site repair, and which amplify."""
+    later = later_blocks(table)
+    ends = at_the_ends(table.at(metric="alignment", place=later))
+    return bars([row for name, of in ends.items() for row in of.rows(series=name)], later, "alignment")
+
+
+def alignment_sentence(table: Table) -> str:
+    """The blocks that repair, and how far the direction has moved."""
+    later, sentences = later_blocks(table), list[str]()
+    for name, of in at_the_ends(table).items():
+        signs = dict(zip(later, of.at(metric="alignment", place=later).value.tolist(), strict=True))
+        direction = float(of.at(metric="gauge_free", place=later[-1]).value)
+        repairing = [block for block, value in signs.items() if value < 0]
+        strongest = max(signs, key=lambda block: abs(signs[block]))
+        sentences.append(
+            f"At {name}, {len(repairing)} of the {len(signs)} later blocks have a negative alignment"
+            f"{' (' + ', '.join(repairing) + ')' if repairing else ''}. The strongest is {strongest} with "
+            f"{signs[strongest]:.2g}. After the last block gauge_free is {direction:.3g}."
+        )
+    return " ".join(sentences)
+
+
+def first_token_chart(table: Table) -> Any:
+    """The difference at the lowest factor, with and without position 0: of a table with sets of positions."""
+    colours = {"with position 0": ORANGE, "without position 0": BLUE}
+    shown = table.at(metric="frobenius", factor=LOW, positions=["all", "rest"])
+    rows = list(shown.named("positions", "series", list(colours)).rows())
+    return by_depth(rows, table.axes["place"], f"frobenius, factor {LOW:g}", named_colours(colours))
+
+
+def clean_norms_chart(norms: Table) -> Any:
+    """The clean stream's norm: of position 0, and the mean of the others."""
+    colours = {"position 0": ORANGE, "mean of the others": GREY}
+    shown = norms.at(of=["of position 0", "mean of the others"]).named("of", "series", list(colours))
+    return by_depth(list(shown.rows()), norms.axes["place"], "norm of the clean stream", named_colours(colours))
+
+
+def last_places_chart(table: Table) -> Any:
+    """The difference before and after the last block, and after the final norm."""
+    places = list(table.axes["place"][-3:])
+    ends = at_the_ends(table.at(metric="frobenius", place=places))
+    return bars([row for name, of in ends.items() for row in of.rows(series=name)], places, "frobenius")
+
+
+def final_sentence(table: Table, norms: Table) -> str:
+    """How long the streams are that the last bars are differences of."""
+    ends = list(table.axes["place"][-2:])
+    last, final = norms.at(of="of the others together", place=ends).value.tolist()
+    relative = {name: of.value.tolist() for name, of in at_the_ends(table.at(metric="relative", place=ends)).items()}
+    beside = ", ".join(
+        f"at {name} {raw:.3g} before it and {normed:.3g} after it" for name, (raw, normed) in relative.items()
+    )
+    return (
+        f"The clean stream of all positions but the first is {last:.4g} long before the final norm and {final:.4g} "
+        f"after it. Beside the stream, the change is: {beside}."
+    )
