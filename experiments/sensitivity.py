@@ -19,8 +19,7 @@ from experiments.harness.table import Row, Table, Tables, by_measure
 from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Sensitivity, sensitivity
 from minigpt.measures import OF_PREDICTIONS, Measure
-from minigpt.parameters import SITES, Site, check_site
-from minigpt.sensitivity import SENSITIVITIES
+from minigpt.sensitivity import DEFAULT_SITES, SENSITIVITIES
 
 UNITS: dict[str, str] = {"kl": "nats per (log s)^2", "correlation": "per (log s)^2", "loss_change": "nats per log s"}
 """Of the derivatives; the others are per log s."""
@@ -31,14 +30,14 @@ class SensitivityOptions(Options):
     """Differentiate every measure with respect to every layer's scales, at 1."""
 
     measure: Annotated[str, typer.Option(help=f"the table to print: {' | '.join(SENSITIVITIES)}")] = "kl"
-    sites: Annotated[str, typer.Option(help="output,attention,mlp, and head for every head")] = ",".join(SITES[:3])
+    sites: Annotated[str, typer.Option(help="output,attention,mlp, and head for every head")] = ",".join(DEFAULT_SITES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivitySettings(Settings):
     """The sites that are differentiated."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[str, ...]
 
 
 class Sensitivities(Experiment[Sensitivity]):
@@ -57,7 +56,7 @@ class Sensitivities(Experiment[Sensitivity]):
         asked = begin.options
         if asked.measure not in SENSITIVITIES:
             raise ValueError(f"--measure is {asked.measure!r}; expected one of {', '.join(SENSITIVITIES)}.")
-        chosen = tuple(dict.fromkeys(check_site(site) for site in asked.sites.split(",")))
+        chosen = tuple(dict.fromkeys(begin.site(site) for site in asked.sites.split(",")))
         experiment = cls(SensitivitySettings(**begin.settings(), sites=chosen))
         experiment.printed = next(name for name in SENSITIVITIES if name == asked.measure)
         return experiment

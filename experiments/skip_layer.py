@@ -73,7 +73,7 @@ class SkipLayer(Experiment[Comparison]):
     def run(self, model: GPT2, ids: Ids, alone: bool) -> Comparison:  # noqa: ARG002
         """All interventions beside the clean run."""
         edits = [_skip(*blocks) for blocks in self.skipped.values()]
-        return compare(model, ids, edits, predictions=True, max_bytes=self.settings.max_bytes)
+        return compare(model, ids, edits, predictions=True, max_bytes=self.settings.max_bytes, steps=True)
 
     def measure(self, model: GPT2, raw: Comparison) -> Tables:
         """`values` [text, positions, metric, skipped, depth]; `steps` [text, skipped, depth], the norm, over all

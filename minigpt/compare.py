@@ -27,6 +27,25 @@ class Comparison(Result):
         """The interventions, by their number."""
         return ([{"intervention": number} for number in range(len(self.statistics.sites))],)
 
+    @property
+    def steps_sq(self) -> Tensor:
+        """Squared norm of what every block adds to the stream: [intervention, block, batch, position].
+
+        Raises ValueError where it was not asked for.
+        """
+        return _kept(self.statistics.steps_sq)
+
+    @property
+    def clean_steps_sq(self) -> Tensor:
+        """The same of the clean run: [block, batch, position]."""
+        return _kept(self.statistics.clean_steps_sq)
+
+
+def _kept(steps: Tensor | None) -> Tensor:
+    if steps is None:
+        raise ValueError("What blocks add to the stream was not kept; compare with steps=True.")
+    return steps
+
 
 def compare(
     model: GPT2,

@@ -138,7 +138,8 @@ class CellError:
     """How far a cell is from the same cell in float32."""
 
     layer: int
-    head: int | None
+    index: dict[str, int]
+    """Which head, say, where whole layers were not scaled."""
     factor: float
     error: float
     """Largest relative difference of `frobenius` without position 0, over depths from the site on, and over texts."""
@@ -153,16 +154,16 @@ def rounding_errors(exact: GPT2, result: Sweep) -> list[CellError]:
     texts = [row[:length].tolist() for row, length in zip(result.ids, result.lengths.tolist(), strict=True)]
     changed = sorted((factor for factor in result.factors if factor != 1), key=lambda factor: abs(factor - 1))
     skip = 1 if int(result.lengths.min()) > 1 else 0
-    errors = []
-    for entry in sorted({0, len(result.layers) // 2, len(result.layers) - 1}):
-        layer, head = result.layers[entry], result.indices[entry] if result.indices else None
-        heads, factors = None if head is None else [head], list(dict.fromkeys([*changed[:1], *changed[-1:]]))
-        if not factors:
-            continue
-        alone = sweep(exact, texts, [layer], factors, result.site, positions=result.positions, indices=heads).frobenius(
-            skip
-        )[0]
+    factors = list(dict.fromkeys([*changed[:1], *changed[-1:]]))
+    errors = list[CellError]()
+    for entry in sorted({0, len(result.layers) // 2, len(result.layers) - 1}) if factors else []:
+        layer, indices = result.layers[entry], None if result.indices is None else [result.indices[entry]]
+        grid = sweep(exact, texts, [layer], factors, result.site, positions=result.positions, indices=indices)
+        alone = grid.frobenius(skip)[0]
         in_pass = result.frobenius(skip)[entry, [result.factors.index(factor) for factor in factors]]
         apart = ((in_pass - alone).abs() / alone).nan_to_num(0.0)[:, layer + 1 :].flatten(1).max(1).values
-        errors += [CellError(layer, head, factor, error) for factor, error in zip(factors, apart.tolist(), strict=True)]
+        index = {} if indices is None else {str(result.index): indices[0]}
+        errors += [
+            CellError(layer, index, factor, error) for factor, error in zip(factors, apart.tolist(), strict=True)
+        ]
     return errors

@@ -24,6 +24,9 @@ NONE: tuple[Measure, ...] = ("changed", "cosine")
 SENSITIVITIES: tuple[Measure, ...] = tuple(name for name in MEASURES if name not in NONE)
 
 
+DEFAULT_SITES = ("output", "attention", "mlp")
+
+
 class Scale(NamedTuple):
     """One scale of a model."""
 
@@ -70,7 +73,7 @@ class Sensitivity(Result):
 def sensitivity(
     model: GPT2,
     ids: Tensor | Sequence[Sequence[int]],
-    sites: Iterable[str] = ("output", "attention", "mlp"),
+    sites: Iterable[str] = DEFAULT_SITES,
     max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:

@@ -292,9 +292,9 @@ def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[
         entry = next(
             i
             for i, layer in enumerate(result.layers)
-            if (layer, (result.heads or {i: None})[i]) == (error.layer, error.head)
+            if (layer, (result.heads or {i: None})[i]) == (error.layer, error.index.get("head"))
         )
-        heads = None if error.head is None else [error.head]
+        heads = [*error.index.values()] or None
         alone = sweep(exact, texts, [error.layer], [error.factor], site, heads).frobenius()[0, 0]
         found = result.frobenius()[entry, result.factors.index(error.factor)]
         apart = ((found - alone).abs() / alone)[error.layer + 1 :].max()

@@ -61,7 +61,7 @@ def tokenizer() -> Tokenizer:
 def figures(model: GPT2, ids: torch.Tensor, **moved: float) -> dict[str, float]:
     """The numbers below the sliders, where some were moved."""
     at_rest = {"block": 2, "output": 1.0, "attention": 1.0, "mlp": 1.0, "head": 0, "head_scale": 1.0}
-    scales = charts.scales_of(model.config.n_head, **{**at_rest, **moved})
+    scales = charts.scales_of(model, **{**at_rest, **moved})
     comparison, names = compare(model, ids, [scales], predictions=True), place_names(model.config.n_layer)
     site = names[int(moved.get("block", 2)) + 1]
     return charts.figures_of(comparison, charts.compared(comparison, names), site)
@@ -118,7 +118,7 @@ def test_every_slider_changes_every_figure(shown: dict[str, Any], tiny: GPT2) ->
 
 
 def test_the_code_shown_does_what_the_sliders_do(shown: dict[str, Any], tiny: GPT2) -> None:
-    scales = charts.scales_of(tiny.config.n_head, 4, 1.0, 0.15000000000000002, 1.0, 2, 0.3)
+    scales = charts.scales_of(tiny, 4, 1.0, 0.15000000000000002, 1.0, 2, 0.3)
     names: dict[str, Any] = {"torch": torch, "scaled": scaled, "model": tiny, "ids": shown["ids"]}
     exec(charts.code_of(scales), names)
     assert list(names["change"]) == ["blocks.4.attention_scale", "blocks.4.attention.head_scale"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.divergence.rows import Scaled, head_of, layer_of, scaled_in
+from experiments.divergence.rows import Scaled, index_of, layer_of, scaled_in
 from experiments.harness.table import Table, Tables, by_text
 from experiments.harness.verdicts import (
     JUMP_TOLERANCE,
@@ -169,7 +169,7 @@ def judge(
         case = Case(tables, scaled, site, positions, largest)
         for number, (claim, decide) in enumerate(CLAIMS, start=1):
             decision = _decide(decide, case)
-            verdicts.append(Verdict.of(number, claim, decision, basis, layer_of(scaled), head_of(scaled)))
+            verdicts.append(Verdict.of(number, claim, decision, basis, layer_of(scaled), index_of(scaled)))
     return verdicts
 
 

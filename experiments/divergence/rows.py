@@ -1,6 +1,7 @@
 """What the divergence study measures: the rows of its table, and what names their axes."""
 
-from typing import NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 
@@ -9,39 +10,39 @@ from experiments.harness.verdicts import describe_entry
 from minigpt import Sweep
 from minigpt.measures import MEASURES, OF_PREDICTIONS
 
-
-class Head(NamedTuple):
-    """A head that was scaled; where whole layers were, a layer's number stands in its place."""
-
-    layer: int
-    head: int
-
-
-Scaled = int | Head
-COLUMNS = ("model", "site", "layer", "head", "factor", "depth", "positions", "metric")
-"""The first ones of divergence.csv, in order; `head` where heads were scaled."""
+Scaled = int | Any
+"""A layer; or, where heads of it were scaled, say, a named tuple of layer and head."""
+FIRST, LAST = ("model", "site"), ("factor", "depth", "positions", "metric")
+"""Columns of divergence.csv, in order; between them what was scaled."""
 NORMS = ("of position 0", "mean of the others", "of the others together")
 
 
 def scaled_in(result: Sweep) -> list[Scaled]:
     """What was scaled in each entry of a sweep."""
-    return [*map(Head, result.layers, result.heads)] if result.heads else [*result.layers]
+    if result.indices is None:
+        return [*result.layers]
+    return [*map(namedtuple("Entry", ("layer", str(result.index))), result.layers, result.indices)]
 
 
 def layer_of(scaled: Scaled) -> int:
     """The layer of a head, or itself."""
-    return scaled.layer if isinstance(scaled, Head) else scaled
+    return int(columns_of(scaled)["layer"])
 
 
-def head_of(scaled: Scaled) -> int | None:
-    """The head, where one was scaled."""
-    return scaled.head if isinstance(scaled, Head) else None
+def index_of(scaled: Scaled) -> dict[str, int]:
+    """Which head, say, by that name, where one was scaled."""
+    return {name: number for name, number in columns_of(scaled).items() if name != "layer"}
+
+
+def columns_of(scaled: Scaled) -> dict[str, int]:
+    """What was scaled, as columns of the table."""
+    return {"layer": scaled} if isinstance(scaled, int) else scaled._asdict()
 
 
 def in_words(scaled: Scaled, site: str, positions: tuple[int, ...] | None) -> str:
     """What was scaled, in words."""
-    part = f"head {scaled.head}" if isinstance(scaled, Head) else {"mlp": "MLP"}.get(site, site)
-    block = f"{part} of {describe_entry(layer_of(scaled), None)}"
+    parts = [f"{what} {number}" for what, number in index_of(scaled).items()] or [{"mlp": "MLP"}.get(site, site)]
+    block = f"{parts[0]} of {describe_entry(layer_of(scaled))}"
     if positions is None:
         return block
     return f"{block} at position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"

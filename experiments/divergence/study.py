@@ -18,7 +18,7 @@ import typer
 from tqdm import tqdm
 
 from experiments.divergence import claims
-from experiments.divergence.rows import COLUMNS, in_words, layer_of, measured, scaled_in, tokens_of
+from experiments.divergence.rows import FIRST, LAST, columns_of, in_words, layer_of, measured, scaled_in, tokens_of
 from experiments.harness.command import command
 from experiments.harness.experiment import (
     SHORTEST,
@@ -36,9 +36,9 @@ from experiments.harness.table import Row, Table, Tables
 from experiments.harness.verdicts import Verdict, describe_entry
 from experiments.page.figures import Figures
 from minigpt import GPT2, Sweep, sweep
-from minigpt.parameters import Site, check_site
+from minigpt.engine import StreamOverflowError
+from minigpt.parameters import natives, parameter_name
 from minigpt.selfcheck import rounding_errors
-from minigpt.sweep import StreamOverflowError
 
 MOST_CELLS = 4_000_000
 """Layers x factors x places x positions of a sweep that only the report needs: its numbers take about 250 MB."""
@@ -64,7 +64,7 @@ class GridSettings(Settings):
 
     layers: tuple[int, ...]
     factors: tuple[float, ...]
-    site: Site = "output"
+    site: str = "output"
     heads: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
     predictions: bool = True
@@ -105,7 +105,7 @@ class Divergence(Experiment[Runs]):
             **begin.settings(shortest=max(SHORTEST, 1 + max(at or [0]))),
             layers=begin.layers(asked.layers),
             factors=parse_numbers(asked.factors, "--factors"),
-            site=check_site(asked.site),
+            site=begin.site(asked.site),
             heads=begin.indices(asked.heads, "head"),
             positions=at,
             predictions=not asked.no_predictions,
@@ -115,7 +115,7 @@ class Divergence(Experiment[Runs]):
     def run(self, model: GPT2, ids: Ids, alone: bool) -> Runs:
         """The grid, and position 0 alone beside the others alone; of a prompt every layer, for the report."""
         asked = self.settings
-        whole = self._every_layer(model, ids) if alone and asked.site != "head" and can_draw() else None
+        whole = self._every_layer(model, ids) if alone and can_draw() else None
         result = whole.of_layers(asked.layers) if whole else asked.sweep(model, ids, self.progress)
         factors, length = claims.alone_factors(asked.factors), int(result.lengths.max())
         wanted = ((0,), range(1, length)) if asked.positions is None and factors and length > 1 else ()
@@ -124,9 +124,9 @@ class Divergence(Experiment[Runs]):
         )
 
     def _every_layer(self, model: GPT2, ids: Ids) -> Sweep | None:
-        """The grid with every layer, for the report; None where it is too large, or where one of them overflows."""
-        n_layer = model.config.n_layer
-        if n_layer * len(self.settings.factors) * (n_layer + 2) * len(ids[0]) > MOST_CELLS:
+        """The grid with every layer, for the report; None where heads are scaled, it is too large, or one overflows."""
+        n_layer, scale = model.config.n_layer, natives(model)[parameter_name(model, 0, self.settings.site)]
+        if scale.index or n_layer * len(self.settings.factors) * (n_layer + 2) * len(ids[0]) > MOST_CELLS:
             return None
         try:
             return self.settings.sweep(model, ids, self.progress, layers=None)
@@ -152,7 +152,9 @@ class Divergence(Experiment[Runs]):
         device = model.device
         torch.set_float32_matmul_precision("highest")
         try:
-            exact = GPT2.from_pretrained(self.settings.model, self.settings.revision, device, local_files_only=True)
+            exact = GPT2.from_pretrained(
+                self.settings.model, self.settings.revision, device, local_files_only=True, block=model.block
+            )
             return [asdict(error) for error in rounding_errors(exact, result)]
         finally:
             torch.set_float32_matmul_precision(self.settings.matmul_precision)
@@ -163,8 +165,9 @@ class Divergence(Experiment[Runs]):
 
     def rows(self, study: Study[Runs]) -> Iterator[Row]:
         """Every measure of every cell at every place."""
+        columns = (*FIRST, *columns_of(scaled_in(study.raw.result)[0]), *LAST)
         for row in self.table(study).rows(model=self.settings.model, site=self.settings.site):
-            yield {**{name: row[name] for name in COLUMNS if name in row}, **row}
+            yield {**{name: row[name] for name in columns}, **row}
 
     def verdicts(self, study: Study[Runs]) -> list[Verdict]:
         """Every claim's verdict for every studied site."""
@@ -184,7 +187,7 @@ class Divergence(Experiment[Runs]):
     def lines(self, study: Study[Runs], columns: int) -> Iterator[str]:
         """The errors of lower precision, and the table depth x factor of the first entry."""
         for error in study.checked.details["rounding"]:
-            where, dtype = describe_entry(error["layer"], error["head"]), self.settings.dtype
+            where, dtype = describe_entry(error["layer"], error["index"]), self.settings.dtype
             yield f"  {dtype} beside float32, {where}, factor {error['factor']:g}: off by up to {error['error']:.2g}"
         yield ""
         yield from self._by_depth(study, columns)

@@ -74,7 +74,8 @@ def _begin(options: Options) -> Start[Any]:
     """Load the model and its tokenizer."""
     at = rank_device(cli.pick_device(options.device))
     model, revision, offline = options.model, options.revision, options.offline
-    loaded = cli.admit(GPT2.from_pretrained(model, revision, at, cli.pick_dtype(options.dtype), offline))
+    block, dtype = cli.pick_block(options.block), cli.pick_dtype(options.dtype)
+    loaded = cli.admit(GPT2.from_pretrained(model, revision, at, dtype, offline, block))
     return Start(loaded, Tokenizer.from_pretrained(model, revision, offline), options, at)
 
 

@@ -35,6 +35,8 @@ from experiments.harness.verdicts import Verdict, lines_of
 from experiments.page.figures import Figures, save_figures
 from minigpt import GPT2, Sweep, Tokenizer, parity
 from minigpt.files import printable, read_json
+from minigpt.model import block_name
+from minigpt.parameters import parameter_name
 from minigpt.selfcheck import self_check
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
@@ -45,8 +47,6 @@ CHECKED_WINDOWS = 2
 """Of a corpus: enough to try the oracles on a batch."""
 FEW_ROWS = 20
 """Of the table, shown where an experiment shows nothing of its own."""
-NOT_COMPARABLE = "not comparable"
-"""The verdict of a certificate about a model that Hugging Face does not have."""
 SHORTEST = 3
 """Tokens of a window: a first one, a second one, and one for the second to predict."""
 
@@ -66,6 +66,8 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     revision: str | None = None
+    block: str | None = None
+    """Of what the model is made, where it is not GPT-2's own: package.module:Name."""
     parity: bool = True
     matmul_precision: str = "highest"
     texts: Texts | None = None
@@ -98,12 +100,18 @@ class Start(Generic[Asked]):
             "dtype": asked.dtype,
             "device": self.device.type,
             "revision": asked.revision,
+            "block": block_name(self.model.block),
             "parity": not asked.no_parity,
             "matmul_precision": asked.matmul_precision,
             "texts": asked.texts and Texts.of(asked.texts, asked.text_column, asked.window, asked.limit, shortest),
             "max_bytes": most,
             "threads": torch.get_num_threads() if asked.texts and on_cpu else None,
         }
+
+    def site(self, given: str) -> str:
+        """A site that the model has. Raises ValueError for another."""
+        parameter_name(self.model, 0, given)
+        return given
 
     def layers(self, given: str) -> tuple[int, ...]:
         """The layers of a list."""
@@ -345,7 +353,7 @@ def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
     A model with blocks of its own has nothing to be compared with, and runs.
     """
     certificate = parity.certify(model) if settings.parity else None
-    if certificate and not certificate.passed and str(certificate.verdict) != NOT_COMPARABLE:
+    if certificate and not certificate.may_run:
         raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
     return certificate
 
@@ -385,7 +393,7 @@ def describe(model: GPT2) -> dict[str, Any]:
     if source := model.source:
         origin = {"name": source.name, "repository": source.repository, "commit": source.commit}
         origin["sha256"] = source.sha256
-    return {**origin, "config": model.config.to_dict()}
+    return {**origin, "config": model.config.to_dict(block_name(model.block))}
 
 
 def summary(experiment: Experiment[Raw], study: Study[Raw]) -> dict[str, Any]:

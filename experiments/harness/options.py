@@ -38,6 +38,7 @@ class Options:
     max_bytes: Annotated[
         int | None, typer.Option(help="memory for a pass; default: a quarter of what is free, over a corpus 1 GiB")
     ] = None
+    block: cli.Block = None
     revision: cli.Revision = None
     offline: cli.Offline = False
     no_parity: Annotated[bool, typer.Option("--no-parity", help="run a model that is not certified")] = False

@@ -6,7 +6,7 @@ the whole interval of its mean. Where the interval holds the threshold, the figu
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -64,26 +64,34 @@ class Verdict:
     """One prompt, or how many windows."""
     figures: dict[str, Any]
     layer: int | None = None
-    head: int | None = None
     """Where the scale acted; None for a claim about all layers."""
+    index: Mapping[str, int] = field(default_factory=dict)
+    """Which entry of the site it acted on, where it has several: {"head": 3}."""
 
     @classmethod
     def of(
-        cls, number: int, claim: str, decision: Decision, basis: str, layer: int | None = None, head: int | None = None
+        cls,
+        number: int,
+        claim: str,
+        decision: Decision,
+        basis: str,
+        layer: int | None = None,
+        index: Mapping[str, int] | None = None,
     ) -> "Verdict":
         """A decision about a numbered claim."""
         figures = {name: _finite(value) for name, value in decision.figures.items()}
         parts = (decision.verdict, decision.sentence, decision.evidence, decision.positions)
-        return cls(number, claim, *parts, decision.basis or basis, figures, layer, head)
+        return cls(number, claim, *parts, decision.basis or basis, figures, layer, index or {})
 
     @property
     def where(self) -> str:
         """The site in words."""
-        return "all layers" if self.layer is None else describe_entry(self.layer, self.head)
+        return "all layers" if self.layer is None else describe_entry(self.layer, self.index)
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json."""
-        return {**asdict(self), "where": self.where}
+        named = {name: value for name, value in asdict(self).items() if name != "index"}
+        return {**named, "head": None, **self.index, "where": self.where}
 
     def over(self, windows: int | None) -> "Verdict":
         """The same, undecided where it rests on intervals over too few windows."""
@@ -93,9 +101,9 @@ class Verdict:
         return replace(self, verdict="undecided", sentence=sentence)
 
 
-def describe_entry(layer: int, head: int | None) -> str:
-    """A block, or a head of it, in words."""
-    return f"block {layer}" if head is None else f"block {layer}, head {head}"
+def describe_entry(layer: int, index: Mapping[str, int] | None = None) -> str:
+    """A block, or a head of it, say, in words."""
+    return ", ".join([f"block {layer}", *(f"{what} {number}" for what, number in (index or {}).items())])
 
 
 def _finite(value: Any) -> Any:

@@ -35,7 +35,6 @@ from experiments.harness.verdicts import (
 )
 from experiments.page.figures import Figures, likeliest_cells
 from minigpt import GPT2, Sweep, Tokenizer, sweep
-from minigpt.parameters import Site, check_site
 from minigpt.predictions import fit_temperature
 
 PROMPT, TARGET = "She took his hand and looked into his", " face"
@@ -67,7 +66,7 @@ class LossSettings(Settings):
 
     layers: tuple[int, ...]
     factors: tuple[float, ...]
-    site: Site = "output"
+    site: str = "output"
     target: str | None = None
 
 
@@ -100,7 +99,7 @@ class TokenLoss(Experiment[Runs]):
             **shared,
             layers=tuple(sorted(begin.layers(asked.layers))),
             factors=parse_numbers(asked.factors, "--factors"),
-            site=check_site(asked.site),
+            site=begin.site(asked.site),
             target=target,
         )
         return cls(settings)

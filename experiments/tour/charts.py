@@ -22,7 +22,7 @@ from experiments.page.charts import FACTOR_COLOURS
 from experiments.page.figures import VISIBLE
 from minigpt import GPT2, Comparison, Sweep, Tokenizer, scaled
 from minigpt.measures import Measure
-from minigpt.parameters import scale_name
+from minigpt.parameters import parameter_name
 
 FINAL = "final norm"
 STUDIED, LOW, HIGH = 2, 0.5, 1.5
@@ -137,13 +137,13 @@ def sized(chart: Any) -> Any:
 
 
 def scales_of(
-    n_head: int, block: int, output: float, attention: float, mlp: float, head: int, head_scale: float
+    model: GPT2, block: int, output: float, attention: float, mlp: float, head: int, head_scale: float
 ) -> dict[str, float | Tensor]:
     """The sliders' values as `scaled` and `compare` take them."""
-    heads = torch.ones(n_head)
+    heads = torch.ones(model.config.n_head)
     heads[head] = round(head_scale, 2)
     numbers = [round(value, 2) for value in (output, attention, mlp)]  # the browser counts 0.1, 0.15000000000000002
-    names = [scale_name(block, site) for site in ("output", "attention", "mlp", "head")]
+    names = [parameter_name(model, block, site) for site in ("output", "attention", "mlp", "head")]
     return dict(zip(names, [*numbers, heads], strict=True))
 
 
@@ -242,7 +242,7 @@ def tables_of(result: Sweep, alone: Sequence[Sweep]) -> Tables:
 def differences_up_to(model: GPT2, ids: Tensor, block: int, factor: float) -> list[float]:
     """Largest difference at every depth up to the site, of two runs that share nothing."""
     clean = model.residuals(ids)
-    with scaled(model, {scale_name(block): factor}):
+    with scaled(model, {parameter_name(model, block): factor}):
         difference = model.residuals(ids) - clean
     return difference[: block + 2].abs().amax(dim=(1, 2, 3)).tolist()
 

@@ -196,7 +196,7 @@ def _(
     output_slider,
 ):
     scales = charts.scales_of(
-        model.config.n_head,
+        model,
         block.value,
         output_slider.value,
         attention_slider.value,
