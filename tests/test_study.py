@@ -359,15 +359,16 @@ def evidence_of(
     change = torch.stack([size * (1 - share.square()).sqrt(), size * share], -1)  # [layer, factor, *clean's axes]
     changed = clean + change
     statistics = Statistics(
-        (0,),
+        torch.ones(1, 2, dtype=torch.int64),
         squared_norms(change),
         squared_norms(changed),
         inner_products(changed, clean),
         squared_norms(clean),
         torch.tensor([3]),
-        torch.zeros(5, *size.shape, dtype=torch.float64),
+        torch.zeros(3, 2, *size.shape, dtype=torch.float64),
     )
-    return Sweep("output", (0,), None, (0.5, 1.5), torch.zeros(1, 3, dtype=torch.long), statistics)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    return Sweep(ids, statistics, "output", (0,), None, None, (0.5, 1.5))
 
 
 def judged(result: Sweep, upstream: float = 0.0, spread: float = 0.0) -> dict[int, str]:
