@@ -343,6 +343,46 @@ def test_an_experiment_of_a_few_lines_has_a_command_line_files_and_a_corpus(
     assert float(row["low"]) < float(row["value"]) < float(row["high"])
 
 
+BLOCK = """
+from minigpt import Block
+
+class Loud(Block):
+    def forward(self, x, *cache):
+        return x + 2 * (super().forward(x, *cache) - x)
+"""
+
+
+def test_a_block_of_ones_own_is_run_and_its_code_counts(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "loud.py").write_text(BLOCK)
+    arguments = ("skip_layer", "--prompt", PROMPT, "--layers", "2", "--block", "loud:Loud", "--output")
+    code, out, err = run(*arguments, tmp_path / "out")
+    assert (code, err) == (0, "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"]["block"] == "loud:Loud"
+    assert summary["parity"]["verdict"] == "not comparable"
+    assert "GPT2LMHeadModel" not in json.dumps(summary)
+    assert "parity: not comparable" in out
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
+    model = GPT2.from_pretrained(TINY)
+    with torch.no_grad():
+        x = model.embed(ids)
+        step = float((2 * (model.blocks[0](x) - x))[:, 1:].norm())
+    wanted = {"skipped": "clean", "metric": "step", "depth": 1}
+    assert value_of(tmp_path / "out", "skip_layer", **wanted) == pytest.approx(step, rel=1e-4)
+    (tmp_path / "loud.py").write_text(BLOCK.replace("2 *", "3 *"))
+    assert "the code has changed since" in run(*arguments, tmp_path / "out")[2]
+
+
+@pytest.mark.parametrize("name", ["nowhere:Loud", "minigpt:Loud", "minigpt:GPT2", "minigpt"])
+def test_a_block_that_is_none_is_a_sentence(run: Run, tmp_path: Path, name: str) -> None:
+    code, out, err = run("skip_layer", "--block", name, "--output", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "The block" in err
+
+
 def stretched(self: Block, x: torch.Tensor, *cache: Any) -> torch.Tensor:
     """A block that writes a little more than it would, and nothing where it would write nothing."""
     return x + 1.01 * (FORWARD(self, x, *cache) - x)

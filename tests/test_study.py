@@ -27,6 +27,7 @@ from experiments.tools import train
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
 from minigpt.files import open_tensors
 from minigpt.measures import Statistics, inner_products, squared_norms
+from tests.blocks import Parallel
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -580,6 +581,19 @@ def test_training_learns_and_leaves_a_certified_checkpoint(run_train: Run, corpu
     assert parity.certify(model).passed
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.vocab_size == model.config.vocab_size == 300
+
+
+def test_a_training_of_another_block_leaves_a_checkpoint_of_that_block(
+    run_train: Run, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = ("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
+    code, _, err = run_train(*arguments, "--block", "tests.blocks:Parallel")
+    assert code == 0, err
+    with pytest.raises(ValueError, match="tests.blocks:Parallel"):
+        GPT2.from_pretrained(tmp_path / "out")
+    model = GPT2.from_pretrained(tmp_path / "out", block=Parallel)
+    assert parity.certify(model).passed
+    assert "other settings" in run_train(*arguments)[2]
 
 
 def test_a_stopped_training_goes_on_to_the_identical_losses(

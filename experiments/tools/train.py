@@ -26,7 +26,7 @@ from experiments.harness.output import alone_in
 from minigpt import cli
 from minigpt.config import GPT2Config
 from minigpt.files import open_tensors, write_tensors, write_text
-from minigpt.model import GPT2
+from minigpt.model import GPT2, block_name
 from minigpt.parity import save_reference
 
 END_OF_TEXT = "<|endoftext|>"
@@ -240,7 +240,7 @@ def train(
 
 
 def export(model: GPT2, tokenizer: tokenizers.Tokenizer, held_out_ids: Tensor, window: int, output: Path) -> None:
-    """Write the finished checkpoint in Hugging Face's layout, float16, with tokenizer, losses and reference."""
+    """Write the finished checkpoint, float16, with tokenizer, losses and reference."""
     with open_tensors(output / STATE_FILE) as file:
         losses = file.get_tensor("losses").tolist()
     lines = [f"{step},{loss}" for step, loss in enumerate(losses, start=1)]
@@ -251,8 +251,8 @@ def export(model: GPT2, tokenizer: tokenizers.Tokenizer, held_out_ids: Tensor, w
     text = json.dumps({**about, "model_max_length": window}, indent=2) + "\n"
     write_text(output / "tokenizer_config.json", text)
     model.half().save_pretrained(output)
-    stored = GPT2.from_pretrained(output)
-    save_reference(output, held_out_ids[None, : min(REFERENCE_TOKENS, window)])
+    stored = GPT2.from_pretrained(output, block=model.block)
+    save_reference(output, held_out_ids[None, : min(REFERENCE_TOKENS, window)], model.block)
     loss = held_out_loss(stored, held_out_ids, window)
     print(f"held-out loss of the stored checkpoint: {loss:.4f} nats per token")
 
@@ -287,9 +287,10 @@ def main(
     vocab_size: int = 4096,
     seed: int = 0,
     device: str = "cpu",
+    block: cli.Block = None,
     compile_blocks: Annotated[bool, typer.Option("--compile", help="faster; needs a C++ compiler")] = False,
 ) -> None:
-    """Train a tokenizer and a GPT-2 on a folder of text."""
+    """Train a tokenizer and a GPT-2, or a model of another block, on a folder of text."""
     schedule = Schedule(tokens, batch, n_positions, learning_rate, warmup_steps, seed=seed)
     texts = read_corpus(corpus)
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -303,12 +304,14 @@ def main(
         bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
         eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
     )
-    settings = json.dumps({"config": config.to_dict(), "schedule": asdict(schedule), "compile": compile_blocks})
+    made_of = cli.pick_block(block)
+    stated = config.to_dict(block_name(made_of))
+    settings = json.dumps({"config": stated, "schedule": asdict(schedule), "compile": compile_blocks})
     torch.manual_seed(seed)
-    model = GPT2(config).to(cli.pick_device(device))
+    model = GPT2(config, made_of).to(cli.pick_device(device))
     if compile_blocks:
-        for block in model.blocks:
-            block.compile()
+        for layer in model.blocks:
+            layer.compile()
     print(f"{len(train_ids)} training tokens, {len(held_out_ids)} held-out tokens, {schedule.steps} steps", flush=True)
     with alone_in(output):
         train(model, train_ids, held_out_ids, schedule, output, settings)
