@@ -589,7 +589,7 @@ def test_a_training_of_another_block_leaves_a_checkpoint_of_that_block(
     arguments = ("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
     code, _, err = run_train(*arguments, "--block", "tests.blocks:Parallel")
     assert code == 0, err
-    with pytest.raises(ValueError, match="tests.blocks:Parallel"):
+    with pytest.raises(ValueError, match=r"tests\.blocks:Parallel"):
         GPT2.from_pretrained(tmp_path / "out")
     model = GPT2.from_pretrained(tmp_path / "out", block=Parallel)
     assert parity.certify(model).passed

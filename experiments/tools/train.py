@@ -171,7 +171,9 @@ def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, losses: li
     for name, parameter in trained(model):
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
+            # a parameter that the block does not use has no gradient, and no moments
+            found = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+            tensors[f"{moment}/{name}"] = found.contiguous()
     write_tensors(path, tensors, {"settings": settings})
 
 
