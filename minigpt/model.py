@@ -24,13 +24,13 @@ from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
 from minigpt.config import ACTIVATIONS, CheckpointError, GPT2Config, read_config
 from minigpt.linear import Linear
-from minigpt.parameters import Native, declare, natives, not_neutral, weights
+from minigpt.parameters import Native, declare, natives, not_neutral, scaled_sites, weights
 
 
 class Attention(nn.Module):
     """W_O concat(head_scale[h] * z_h) + b_O, with z_h the causal attention of head h."""
 
-    native = (Native("head_scale", ("batch", "position", "n_head"), index="head"),)
+    native: ClassVar[tuple[Native, ...]] = (Native("head_scale", ("batch", "position", "n_head"), index="head"),)
     head_scale: Tensor
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -74,11 +74,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with the activation between them."""
 
+    native: ClassVar[tuple[Native, ...]] = ()
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.expand = Linear(config.n_embd, config.mlp_width)
         self.activation = ACTIVATIONS[config.activation_function]
         self.projection = Linear(config.mlp_width, config.n_embd)
+        declare(self, self.native, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the MLP writes into the stream, from its normed copy; both [batch, position, n_embd]."""
@@ -92,7 +95,7 @@ class Block(nn.Module):
     experiment follows. Its attributes replace the parts.
     """
 
-    native = (Native("output_scale"), Native("attention_scale"), Native("mlp_scale"))
+    native: ClassVar[tuple[Native, ...]] = (Native("output_scale"), Native("attention_scale"), Native("mlp_scale"))
     attention_scale: Tensor
     mlp_scale: Tensor
     output_scale: Tensor
@@ -118,7 +121,7 @@ class Block(nn.Module):
         return self.output_scale * y
 
 
-SITES = tuple(native.site for native in (*Block.native, *Attention.native))
+SITES = scaled_sites((*Block.native, *Attention.native, *MLP.native))
 """The sites of GPT-2's block; `parameters.sites_of` tells those of a model."""
 
 
@@ -204,7 +207,10 @@ class GPT2(nn.Module):
     def attention_patterns(self, ids: Tensor) -> Tensor:
         """What every head attends to: [n_layer, batch, n_head, query, key], rows summing to 1."""
         read = list[Tensor]()
-        keep = lambda _, given: read.append(given[0])  # noqa: E731
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            read.append(given[0])
+
         hooks = [block.attention.register_forward_pre_hook(keep) for block in self.blocks]
         try:
             self.last_depth(ids)

@@ -33,7 +33,7 @@ class Native:
     """The declaration of one native parameter of a module."""
 
     name: str
-    """SITE_scale: what it acts on, and how."""
+    """SITE_scale or SITE_shift: what it acts on, and how."""
     shape: tuple[str, ...] = STREAM
     """What a value broadcasts against, in words: `batch`, `position`, and fields of the config."""
     neutral: float = 1.0
@@ -76,13 +76,18 @@ def natives(model: nn.Module) -> dict[str, Native]:
 
 def sites_of(model: nn.Module) -> tuple[str, ...]:
     """The sites that the blocks of a model have a scale for."""
-    return tuple(dict.fromkeys(native.site for native in natives(_blocks(model)[0]).values()))
+    return scaled_sites(natives(_blocks(model)[0]).values())
+
+
+def scaled_sites(declared: Iterable[Native]) -> tuple[str, ...]:
+    """The sites of those declarations that are of scales."""
+    return tuple(native.site for native in declared if native.name == f"{native.site}_scale")
 
 
 def parameter_name(model: nn.Module, layer: int, site: str = "output") -> str:
     """The full name of the scale of a block's site. Raises ValueError for a site that does not exist."""
     for name, native in natives(_blocks(model)[layer]).items():
-        if native.site == site:
+        if native.name == f"{site}_scale":
             return f"blocks.{layer}.{name}"
     raise ValueError(f"site is {site!r}; expected one of {', '.join(sites_of(model))}.")
 
@@ -107,7 +112,9 @@ def not_neutral(model: nn.Module) -> dict[str, Tensor]:
 def check_clean(model: nn.Module) -> None:
     """Raise ValueError, naming them, when native parameters are not neutral."""
     if changed := not_neutral(model):
-        raise ValueError(f"The clean run needs every parameter to be neutral; set {', '.join(changed)} back to 1.")
+        declared = natives(model)
+        back = ", ".join(f"{name} back to {declared[name].neutral:g}" for name in changed)
+        raise ValueError(f"The clean run needs every native parameter to be neutral; set {back}.")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

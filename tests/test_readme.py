@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from minigpt import GPT2, scaled
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +25,17 @@ def test_the_python_runs_from_top_to_bottom(
     for kind, block in BLOCKS:
         if kind == "python":
             exec(compile(block, "README.md", "exec"), names)
-    assert "tensor([[" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tensor([[" in printed
+    parallel, ids = names["parallel"], names["ids"]
+    assert isinstance(parallel, GPT2) and isinstance(ids, torch.Tensor)
+    for site in ("output", "attention", "mlp"):  # the figures of the other block are what its own runs give
+        with torch.no_grad():
+            clean = parallel.residuals(ids)
+            with scaled(parallel, {f"blocks.2.{site}_scale": 0.5}):
+                norm = float((parallel.residuals(ids) - clean)[-1, :, 1:].norm())
+        (said,) = re.findall(rf"^{site} tensor\((.*?),? ?(?:dtype=.*)?\)$", printed, re.MULTILINE)
+        assert float(said) == pytest.approx(norm, rel=1e-3)
 
 
 def test_there_is_python_and_there_are_commands() -> None:
