@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minigpt import GPT2, Block, GPT2Config
+from minigpt.parameters import natives, parameter_name
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """For the tests of pages; they are skipped where there is none."""
@@ -37,6 +38,19 @@ def draw(
                 drawn = std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(drawn + 1 if name.endswith("norm.weight") else drawn)
     return model
+
+
+def value_at(model: GPT2, site: str, factor: float, index: int = 1) -> float | torch.Tensor:
+    """A factor as the value of a site's scale: of one entry alone, head 1, say, where the site has several."""
+    native = natives(model)[parameter_name(model, 0, site)]
+    if native.index is None:
+        return factor
+    return torch.ones(native.entries(model.config), dtype=torch.float64).index_fill(0, torch.tensor(index), factor)
+
+
+def entries(model: GPT2, site: str, *indices: int) -> tuple[int, ...] | None:
+    """Those entries of a site, where it has several: what `sweep` takes as `indices`."""
+    return indices if natives(model)[parameter_name(model, 0, site)].index else None
 
 
 @pytest.fixture

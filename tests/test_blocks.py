@@ -19,7 +19,7 @@ from minigpt.parameters import parameter_name
 from minigpt.selfcheck import self_check
 from minigpt.sensitivity import SENSITIVITIES
 from tests.blocks import BLOCKS, Parallel, RotaryAttention
-from tests.conftest import SMALL, draw
+from tests.conftest import SMALL, draw, entries, value_at
 from tests.test_sensitivity import STEP, TOLERANCE, central
 
 SAME = {"rtol": 1e-12, "atol": 1e-12}  # float64
@@ -57,18 +57,13 @@ def alone(model: GPT2, text: list[int], values: dict[str, float | Tensor]) -> tu
         return tuple(torch.cat([of, model.final_norm(of[-1:])])[:, 0] for of in (clean, changed))  # type: ignore[return-value]
 
 
-def value_of(model: GPT2, site: str, factor: float) -> float | Tensor:
-    """A factor as a value: of head 1 alone, at the site `head`."""
-    return factor if site != "head" else torch.ones(model.config.n_head).index_fill(0, torch.tensor(1), factor)
-
-
 @pytest.mark.parametrize("site", SITES)
 def test_a_sweep_is_what_runs_of_their_own_give(other: GPT2, site: str) -> None:
-    result = sweep(other, TEXTS, (2, 0), FACTORS, site, heads=(1,) if site == "head" else None)
+    result = sweep(other, TEXTS, (2, 0), FACTORS, site, indices=entries(other, site, 1))
     assert not self_check(other, result).broken
     for i, layer in enumerate(result.layers):
         for j, factor in enumerate(FACTORS):
-            values = {parameter_name(other, layer, site): value_of(other, site, factor)}
+            values = {parameter_name(other, layer, site): value_at(other, site, factor)}
             for text, ids in enumerate(TEXTS):
                 clean, changed = alone(other, ids, values)
                 difference = (changed - clean).square().sum(-1)
@@ -87,7 +82,7 @@ def test_a_sweep_under_the_plain_equations_is_not(other: GPT2, site: str) -> Non
 def test_interventions_of_many_blocks_are_what_runs_of_their_own_give(other: GPT2) -> None:
     edits: list[dict[str, float | Tensor]] = [
         {"blocks.1.attention_scale": 0.0, "blocks.1.mlp_scale": 0.0},
-        {"blocks.0.attention.head_scale": value_of(other, "head", 0.0), "blocks.3.output_scale": 1.5},
+        {"blocks.0.attention.head_scale": value_at(other, "head", 0.0), "blocks.3.output_scale": 1.5},
         {"blocks.2.mlp_scale": -1.0},
     ]
     found = compare(other, TEXTS, edits, predictions=True, steps=True).statistics
@@ -107,14 +102,14 @@ def test_interventions_of_many_blocks_are_what_runs_of_their_own_give(other: GPT
 
 @pytest.mark.parametrize("site", SITES)
 def test_what_blocks_write_is_what_their_sublayers_return(other: GPT2, site: str) -> None:
-    ids, values = TEXTS[0], {parameter_name(other, 1, site): value_of(other, site, 0.5)}
+    ids, values = TEXTS[0], {parameter_name(other, 1, site): value_at(other, site, 0.5)}
     writes: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
     for block in other.blocks:
         for part, kept in writes.items():
             getattr(block, part).register_forward_hook(lambda _module, _given, out, kept=kept: kept.append(out[0]))
     clean, changed = alone(other, ids, values)
     of_runs = {part: (torch.stack(kept[:4]), torch.stack(kept[4:])) for part, kept in writes.items()}
-    result = sweep(other, [ids], (1,), (0.5,), site, heads=(1,) if site == "head" else None)
+    result = sweep(other, [ids], (1,), (0.5,), site, indices=entries(other, site, 1))
     for block in (2, 3):
         carried = (changed - clean)[block, 1:].flatten()
         whole = (changed - clean)[block + 1, 1:].flatten() - carried
@@ -149,7 +144,7 @@ def test_sensitivities_are_difference_quotients(other: GPT2, site: str) -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_interventions_and_sensitivities_under_the_plain_equations_are_not(other: GPT2, site: str) -> None:
     def both() -> list[Tensor]:
-        edit = {parameter_name(other, 1, site): value_of(other, site, 0.5)}
+        edit = {parameter_name(other, 1, site): value_at(other, site, 0.5)}
         return [
             of.measure("frobenius", "rest") for of in (compare(other, TEXTS, [edit]), sensitivity(other, TEXTS, [site]))
         ]

@@ -23,7 +23,7 @@ from minigpt.model import SITES
 from minigpt.parameters import parameter_name
 from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, entries, value_at
 
 FACTORS = (0.5, 1.0, 1.5, -2.0)
 SAME = {"rtol": 1e-11, "atol": 1e-11}  # float64: the pass's larger batch may round otherwise
@@ -41,11 +41,10 @@ def alone(model: GPT2, ids: Tensor, name: str, value: float | Tensor) -> tuple[T
 
 @pytest.mark.parametrize("site", SITES)
 def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, site: str) -> None:
-    result = sweep(model, ids, (3, 1), FACTORS, site)
-    heads = result.heads or [None] * len(result.layers)
-    for i, (layer, head) in enumerate(zip(result.layers, heads, strict=True)):
+    result = sweep(model, ids, (3, 1), FACTORS, site, indices=entries(model, site, 2, 0))
+    for i, (layer, index) in enumerate(zip(result.layers, result.indices or [0] * len(result.layers), strict=True)):
         for j, factor in enumerate(FACTORS):
-            value = factor if head is None else torch.ones(3).index_fill(0, torch.tensor(head), factor)
+            value = value_at(model, site, factor, index)
             clean, changed = alone(model, ids, parameter_name(model, layer, site), value)
             statistics = result.statistics
             torch.testing.assert_close(statistics.difference_sq[i, j], (changed - clean).square().sum(-1), **SAME)
@@ -59,10 +58,11 @@ def test_every_cell_is_what_a_run_of_its_own_gives(model: GPT2, ids: Tensor, sit
 def test_positions_that_alone_are_scaled_are_a_column_of_the_scale(
     model: GPT2, ids: Tensor, site: str, positions: tuple[int, ...]
 ) -> None:
-    result = sweep(model, ids, (1,), FACTORS, site, heads=(2,) if site == "head" else None, positions=positions)
-    scale = torch.ones(1, 10, 3 if site == "head" else 1, dtype=torch.float64)
+    result = sweep(model, ids, (1,), FACTORS, site, indices=entries(model, site, 2), positions=positions)
+    whole = torch.as_tensor(value_at(model, site, 0.0, 2), dtype=torch.float64)
+    scale = torch.ones(1, 10, whole.numel(), dtype=torch.float64)
     for j, factor in enumerate(FACTORS):
-        scale[:, positions, -1] = factor
+        scale[:, positions, int(whole.argmin())] = factor
         clean, changed = alone(model, ids, parameter_name(model, 1, site), scale)
         torch.testing.assert_close(result.statistics.difference_sq[0, j], (changed - clean).square().sum(-1), **SAME)
     assert not broken(model, result)
@@ -125,7 +125,7 @@ def test_the_result_does_not_depend_on_the_split_into_passes(small: Callable[...
         sweep(model, texts, (3, 1), FACTORS, site, max_bytes=least - 1)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ["output", "attention", "mlp", "head"])
 def test_only_what_remains_of_the_blocks_is_run(
     model: GPT2, ids: Tensor, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,10 +228,11 @@ def test_the_default_is_every_layer_and_21_factors(model: GPT2, ids: Tensor) -> 
 @pytest.mark.parametrize("site", SITES)
 def test_self_check_passes(small: Callable[..., GPT2], ids: Tensor, site: str, dtype: torch.dtype) -> None:
     model = small(dtype=dtype)
-    tried = self_check(model, sweep(model, ids, (1, 3), FACTORS, site))
+    result = sweep(model, ids, (1, 3), FACTORS, site)
+    tried = self_check(model, result)
     assert not tried.broken, tried
     assert len(tried.checks) == (5 if site == "output" else 4)
-    assert tried.upstream == (0.0,) * (6 if site == "head" else 2)
+    assert tried.upstream == (0.0,) * len(result.layers)
 
 
 def broken(model: GPT2, result: Sweep) -> list[str]:
@@ -435,7 +436,7 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
         ({"factors": (0.5, float("inf"))}, "finite"),
         ({"factors": (0.5, 0.5)}, "twice"),
         ({"ids": [1, 2, 3]}, "not lists of token ids"),
-        ({"site": "neuron"}, "neuron"),
+        ({"site": "nonsense"}, "nonsense"),
         ({"heads": (0,)}, "site 'head'"),
         ({"site": "head", "heads": (3,)}, "from 0 to 2"),
         ({"positions": (10,)}, "positions are .10,.; .* from 0 to 9"),
