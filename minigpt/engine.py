@@ -486,10 +486,10 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
     passes = plan(job, max_bytes)
     with suppress(MemoryError, RuntimeError):  # where so much is not to be had, it is not worth having
         torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
-    places = run_passes(passes)
     gathered = Gathered(job, cells)
-    for place in progress(places, len(passes) * job.count) if progress else places:
-        gathered.add(place)
+    places = run_passes(passes, gathered.add)
+    for _ in progress(places, len(passes) * job.count) if progress else places:
+        pass
     return gathered.statistics()
 
 
@@ -619,15 +619,15 @@ def plan(job: Job, max_bytes: int | None) -> list[Pass]:
     ]
 
 
-def run_passes(passes: Sequence[Pass]) -> Iterator[Place]:
-    """The places of all passes. One that runs out of memory is halved and repeated, and a warning is logged.
+def run_passes(passes: Sequence[Pass], take: Callable[[Place], object]) -> Iterator[Place]:
+    """The places of all passes, each taken in. A pass that runs out of memory is halved and repeated, with a warning.
 
     Places that it had yielded come again. Raises ValueError when one run of one text is too much.
     """
     waiting = list(reversed(passes))
     while waiting:
         part = waiting.pop()
-        if not (yield from _whole(part)):
+        if not (yield from _whole(part, take)):
             waiting += reversed(part.halves())  # out here the failed pass's tensors are gone
             logger.warning(
                 "Out of memory with %d runs of %d texts beside the clean run; they are halved and run again.",
@@ -636,10 +636,12 @@ def run_passes(passes: Sequence[Pass]) -> Iterator[Place]:
             )
 
 
-def _whole(part: Pass) -> Generator[Place, None, bool]:
+def _whole(part: Pass, take: Callable[[Place], object]) -> Generator[Place, None, bool]:
     """The places of a pass; returns whether the memory was enough for them."""
     try:
-        yield from part.places()
+        for place in part.places():
+            take(place)
+            yield place
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
