@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ MALLOC_KEEPS = 2**25 - 2**16
 a piece of almost 32 MiB it keeps twice as much (mallopt(3), M_MMAP_THRESHOLD: the threshold adjusts itself)."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What a computation may take where nothing else is asked for."""
+SQUARES = ("difference_sq", "run_sq", "inner")
+"""What is kept of every row at every place, as `Statistics` has it."""
 Progress = Callable[[Iterable["Place"], int], Iterable["Place"]]
 """Wraps the places of all passes as they come; the number says how many there will be."""
 Norm = Callable[[Tensor], Tensor]
@@ -136,7 +138,7 @@ def _check_axes(name: str, value: Tensor, words: Sequence[str], ids: Tensor) -> 
 
 @dataclass(frozen=True)
 class Place:
-    """What leaves a pass at one place: numbers per position, float64, on the CPU."""
+    """What leaves a pass at one place: numbers per position, on the CPU."""
 
     texts: slice
     """Which of the texts went through this pass."""
@@ -144,16 +146,9 @@ class Place:
     """A depth, or n_layer + 1 for `final`."""
     runs: Sequence[int]
     """The runs that have left the clean one."""
-    numbers: Tensor
-    """Squared norm of the difference, squared norm of the run's stream, its inner product with the clean one: [3, run,
-    batch, position]."""
-    clean_sq: Tensor
-    """Squared norm of the clean stream: [batch, position]."""
-    written: Tensor | None = None
-    """At depth d + 1, of what block d wrote otherwise than in the clean run: its squared norm, and its inner product
-    with the difference that the block carried: [writer, 2, run, batch, position], of the runs that left before."""
-    steps_sq: Tensor | None = None
-    """Squared norm of what the block added to the stream, first in the clean run: [1 + run, batch, position]."""
+    numbers: Mapping[str, Tensor]
+    """Of the clean run and then of those runs, as `Statistics` has them: [row, ..., batch, position]. What a block
+    wrote is there only of the runs that left before it."""
     predictions: Predictions | None = None
     """At `final`, where they are asked for: rows are the clean run and then the runs."""
 
@@ -182,11 +177,9 @@ class Pass:
         yield self._place(0, streams[:1])
         for layer, block in enumerate(model.blocks):
             new = [run for run in self.runs if _leaves_at(self.job.runs[run]) == layer]
-            found: dict[str, Any] = self._through(
-                layer, block, streams[: 1 + gone], streams[1 + gone : 1 + gone + len(new)], new
-            )
-            gone += len(new)
-            yield self._place(layer + 1, streams[: 1 + gone], None, **found)
+            here, gone = 1 + gone, gone + len(new)
+            found = self._through(layer, block, streams[:here], streams[here : 1 + gone], new)
+            yield self._place(layer + 1, streams[: 1 + gone], found=found)
         predictions = predict(model, streams, self.ids, self.lengths) if predict else None
         yield self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
 
@@ -208,7 +201,7 @@ class Pass:
     ) -> dict[str, Tensor]:
         """Bring the streams through a block, in place, and let new runs leave the clean one in it.
 
-        Returns what the block wrote and added, as `Place` has it.
+        Returns what the block wrote and added, by the names that `Statistics` has for it.
         """
         memory = CleanLeaves(block, len(self.ids)) if new and not self.job.tangents else None
         runs: list[int | None] = [None, *self.runs[: len(streams) - 1]]
@@ -225,8 +218,7 @@ class Pass:
         if new and clean:
             self._leave(layer, block, clean.before, joining, new, memory)
             steps += [squared_norms(joining - clean.before)] if self.job.steps else []
-        found = {"written": torch.cat(written, 2)[:, :, 1:].double().cpu()}
-        return {**found, "steps_sq": torch.cat(steps).cpu()} if steps else found
+        return {name: torch.cat(found).double() for name, found in (("written", written), ("steps_sq", steps)) if found}
 
     def _leave(
         self, layer: int, block: Block, x: Tensor, joining: Tensor, new: Sequence[int], memory: "CleanLeaves | None"
@@ -302,32 +294,37 @@ class Pass:
         return (torch.zeros_like(x) if tangent is None else tangent).to(wide)
 
     def _written(self, clean: "Clean", before: Tensor, after: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """What a block, its attention and its MLP wrote otherwise than in the clean run: see `Place`; not a number for
-        a sublayer that the block does not have."""
+        """What a block, its attention and its MLP wrote otherwise than in the clean run: [row, writer, 2, batch,
+        position], the two numbers of `Statistics.written`; not a number for a sublayer that the block does not have."""
         carried = self._difference(before, clean.before)
-        writes = {"": self._difference(after, clean.after) - carried}
-        writes |= {part: self._difference(write, clean.writes[part]) for part, write in parts.items()}
-        numbers = carried.new_full((len(WRITERS), 2, *carried.shape[:-1]), torch.nan)
-        for (whole, inner), writer in zip(numbers, WRITERS, strict=True):
-            if (write := writes.get(_part(writer))) is not None:
-                whole.copy_(torch.linalg.vecdot(write, write))
-                inner.copy_(torch.linalg.vecdot(carried, write))
+        writes = {"written": self._difference(after, clean.after) - carried}
+        writes |= {f"{part}_written": self._difference(write, clean.writes[part]) for part, write in parts.items()}
+        numbers = carried.new_full((len(carried), len(WRITERS), 2, *carried.shape[1:-1]), torch.nan)
+        for index, write in ((index, writes[writer]) for index, writer in enumerate(WRITERS) if writer in writes):
+            numbers[:, index, 0] = torch.linalg.vecdot(write, write)
+            numbers[:, index, 1] = torch.linalg.vecdot(carried, write)
         return numbers
 
     def _place(
-        self, index: int, streams: Tensor, norm: Callable[[Tensor], Tensor] | None = None, **found: Any
+        self,
+        index: int,
+        streams: Tensor,
+        norm: Norm = lambda x: x,
+        found: Mapping[str, Tensor] | None = None,
+        predictions: Predictions | None = None,
     ) -> Place:
         """The numbers of a place, of streams that are normed first where it is `final`."""
-        numbers, clean = list[Tensor](), torch.empty(0)
-        for start, slab in self._slabs(streams):
-            read = norm(slab.flatten(0, 1)).view_as(slab) if norm else slab
-            clean = clean if start else _primal(read[0]).double()
-            numbers.append(self._numbers(read, clean))
-        whole = torch.cat(numbers, 1).cpu()
-        return Place(self.texts, index, self.runs[: len(streams) - 1], whole[:, 1:], whole[1, 0], **found)
+        clean, parts = torch.empty(0), list[Tensor]()
+        for _, slab in self._slabs(streams):
+            read = norm(slab.flatten(0, 1)).view_as(slab)
+            clean = clean if parts else _primal(read[0]).double()
+            parts.append(self._numbers(read, clean))
+        numbers = {**dict(zip(SQUARES, torch.cat(parts, 1), strict=True)), **(found or {})}
+        on_cpu = {name: of.cpu() for name, of in numbers.items()}
+        return Place(self.texts, index, self.runs[: len(streams) - 1], on_cpu, predictions)
 
     def _numbers(self, slab: Tensor, clean: Tensor) -> Tensor:
-        """What `Place.numbers` says, of every row; to first order in the tangents, where those stand for runs."""
+        """`SQUARES` of every row: [3, row, batch, position]; to first order, where tangents stand for the runs."""
         x, y = self._scratch[:, : len(slab)]
         numbers = x.new_empty(3, *x.shape[:-1])
         difference, run, inner = numbers
@@ -419,7 +416,7 @@ def _observed(block: Block) -> Iterator[dict[str, list[Tensor]]]:
     found: dict[str, list[Tensor]] = {}
     with ExitStack() as hooks:
         for writer in WRITERS[1:]:
-            module = getattr(block, part := _part(writer), None)
+            module = getattr(block, part := writer.removesuffix("_written"), None)
             if isinstance(module, nn.Module):
                 hooks.callback(module.register_forward_hook(partial(_keep, found, part)).remove)
         yield found
@@ -428,11 +425,6 @@ def _observed(block: Block) -> Iterator[dict[str, list[Tensor]]]:
 def _keep(found: dict[str, list[Tensor]], part: str, _module: nn.Module, _given: Any, out: Any) -> None:
     if isinstance(out, Tensor):
         found.setdefault(part, []).append(out)
-
-
-def _part(writer: str) -> str:
-    """The module of a block that writes; nothing for the block itself."""
-    return writer.removesuffix("written").rstrip("_")
 
 
 def _write(found: Sequence[Tensor], scale: Tensor | None, like: Tensor) -> Tensor:
@@ -494,86 +486,70 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
 
 
 class Gathered:
-    """The numbers of all passes, as they come."""
+    """The numbers of all passes, as they come: of the clean run, and of every cell."""
 
     def __init__(self, job: Job, cells: Cells) -> None:
         self.job, self.cells = job, cells
-        texts, blocks = tuple(job.ids.shape), job.count - 2
-        shape = (*cells.shape, job.count, *texts)
-        self.numbers = torch.zeros(3, *shape, dtype=torch.float64)
-        self.clean_sq = torch.zeros(job.count, *texts, dtype=torch.float64)
-        self.written = torch.zeros(len(WRITERS), 2, *shape, dtype=torch.float64)
+        self.clean: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
         self.left = torch.zeros(*cells.shape, job.count, dtype=torch.bool)
         """Whether a cell has left the clean run: [*cell, place]."""
-        self.steps_sq = torch.zeros(*cells.shape, blocks, *texts, dtype=torch.float64) if job.steps else None
-        self.clean_steps_sq = torch.zeros(blocks, *texts, dtype=torch.float64) if job.steps else None
-        self.predictions: dict[str, Tensor] = {}
-        self.clean_predictions: dict[str, Tensor] = {}
 
     def add(self, place: Place) -> None:
         """Take in a place. Raises StreamOverflowError where a stream is not finite."""
-        length = place.clean_sq.shape[1]
-        padding = torch.arange(length) >= self.job.lengths.cpu()[place.texts, None]
-        rows = tuple(axis[list(place.runs)] for axis in self.cells.at)
-        within: tuple[Any, ...] = (place.texts, slice(length))
-        at: tuple[Any, ...] = (*rows, place.index, *within)
-        numbers = place.numbers.masked_fill(padding, 0.0)
-        self._check_finite(place, numbers)
-        self.clean_sq[place.index, *within] = place.clean_sq.masked_fill(padding, 0.0)
-        self.left[at[:-2]] = True
-        self.numbers[:, *at] = numbers
-        if place.written is not None:
-            old: tuple[Any, ...] = tuple(axis[: place.written.shape[2]] for axis in rows)
-            self.written[:, :, *old, *at[len(rows) :]] = place.written.masked_fill(padding, 0.0)
-        if place.steps_sq is not None and self.steps_sq is not None and self.clean_steps_sq is not None:
-            clean, *_ = steps = place.steps_sq.masked_fill(padding, 0.0)
-            self.clean_steps_sq[place.index - 1, *within] = clean
-            self.steps_sq[*at[: len(rows)], place.index - 1, *within] = steps[1:]
-        if place.predictions:
-            self._add_predictions(place.predictions, rows, place.texts)
+        rows: tuple[Any, ...] = tuple(axis[list(place.runs)] for axis in self.cells.at)
+        self.left[(*rows, place.index)] = True
+        for name, numbers in place.numbers.items():
+            padding = torch.arange(numbers.shape[-1]) >= self.job.lengths.cpu()[place.texts, None]
+            real = numbers.masked_fill(padding, 0.0)
+            if name in SQUARES and not real.isfinite().all():
+                raise StreamOverflowError(self._said(place, real))
+            self._put(name, real, rows, place.texts, (place.index,))
+        for name, numbers in place.predictions.tensors().items() if place.predictions else ():
+            self._put(name, numbers, rows, place.texts)
 
-    def _add_predictions(self, found: Predictions, rows: tuple[Any, ...], texts: slice) -> None:
-        for name, of in found.tensors().items():
-            last = of.shape[2] if name.startswith("top") else self.job.ids.shape[1]  # ranks, or positions
-            if name not in self.predictions:
-                self.clean_predictions[name] = of.new_zeros(len(self.job.ids), last)
-                self.predictions[name] = of.new_zeros(*self.cells.shape, len(self.job.ids), last)
-            self.clean_predictions[name][texts, : of.shape[2]] = of[0]
-            self.predictions[name][*rows, texts, : of.shape[2]] = of[1:]
+    def _put(
+        self, name: str, numbers: Tensor, rows: tuple[Tensor, ...], texts: slice, at: tuple[int, ...] = ()
+    ) -> None:
+        """Numbers [row, ..., batch, position or rank], at a place where there are some at every place."""
+        if name not in self.clean:
+            last = numbers.shape[-1] if name.startswith("top") else self.job.ids.shape[1]
+            shape = (*[self.job.count for _ in at], *numbers.shape[1:-2], len(self.job.ids), last)
+            self.clean[name], self.found[name] = numbers.new_zeros(shape), numbers.new_zeros(*self.cells.shape, *shape)
+        within: tuple[Any, ...] = (*at, ..., texts, slice(numbers.shape[-1]))
+        self.clean[name][within] = numbers[0]
+        cells = tuple(axis[: len(numbers) - 1] for axis in rows)
+        self.found[name][cells + within] = numbers[1:]
 
-    def _check_finite(self, place: Place, numbers: Tensor) -> None:
-        broken = (~numbers.isfinite()).nonzero()
-        if len(broken):
-            where = "the final norm" if place.index == self.job.count - 1 else f"depth {place.index}"
-            raise StreamOverflowError(
-                f"The stream is no longer finite at {where} under {self.cells.named(place.runs[int(broken[0][1])])}; "
-                "take a smaller one, or float64."
-            )
+    def _said(self, place: Place, numbers: Tensor) -> str:
+        """Where a stream overflowed, and in which run."""
+        where = "the final norm" if place.index == self.job.count - 1 else f"depth {place.index}"
+        row = int((~numbers.isfinite()).nonzero()[0, 0])
+        if not row:
+            return f"The stream is no longer finite at {where} in the clean run; take float64."
+        whose = self.cells.named(place.runs[row - 1])
+        return f"The stream is no longer finite at {where} under {whose}; take a smaller one, or float64."
 
     def statistics(self) -> Statistics:
         """All the numbers; cells that have not left the clean run are the clean run."""
-        for place, clean in enumerate(self.clean_sq):
-            self.numbers[1:, ..., place, :, :][:, ~self.left[..., place]] = clean
-            if self.steps_sq is not None and self.clean_steps_sq is not None and 0 < place < self.job.count - 1:
-                self.steps_sq[..., place - 1, :, :][~self.left[..., place]] = self.clean_steps_sq[place - 1]
-        never = ~self.left[..., -1]
-        for name, clean in self.clean_predictions.items():
-            self.predictions[name][never] = clean
-        asked = bool(self.clean_predictions)
-        difference_sq, run_sq, inner = self.numbers
-        return Statistics(
-            self._sites(),
-            difference_sq,
-            run_sq,
-            inner,
-            self.clean_sq,
-            self.job.lengths,
-            self.written,
-            Predictions(**self.predictions) if asked else None,
-            Predictions(**self.clean_predictions) if asked else None,
-            self.steps_sq,
-            self.clean_steps_sq,
-        )
+        axes, names = len(self.cells.shape), [of.name for of in fields(Predictions) if of.name in self.clean]
+        for name, clean in self.clean.items():
+            for place in range(self.job.count) if name not in names else [-1]:
+                found, expected = self.found[name], clean
+                if name not in names:
+                    found, expected = found.select(axes, place), clean[place]
+                found[~self.left[..., place]] = expected
+        predictions = [Predictions(**{name: of[name] for name in names}) if names else None for of in self.both]
+        steps = [of["steps_sq"].narrow(-3, 1, self.job.count - 2) if self.job.steps else None for of in self.both]
+        written = self.found["written"].movedim((axes + 1, axes + 2), (0, 1))
+        squares = [self.found[name] for name in SQUARES]
+        clean_sq, lengths = self.clean["run_sq"], self.job.lengths
+        return Statistics(self._sites(), *squares, clean_sq, lengths, written, *predictions, *steps)  # type: ignore[call-arg, arg-type]
+
+    @property
+    def both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The numbers of the cells, and of the clean run."""
+        return self.found, self.clean
 
     def _sites(self) -> Tensor:
         """The depth at which all that a run names has acted: [*cell]; 0 for a cell that no run fills."""

@@ -154,7 +154,7 @@ def test_a_stream_that_overflows_later_than_its_site_is_named_by_where_it_does(
     model = small(dtype=torch.float32)
     with torch.no_grad():
         model.blocks[2].mlp.projection.weight *= 1e38
-    with pytest.raises(StreamOverflowError, match="at depth 3 under factor"):
+    with pytest.raises(StreamOverflowError, match="at depth 3 in the clean run; take float64"):
         sweep(model, ids, (0,), (0.5,))
 
 
