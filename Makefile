@@ -48,7 +48,7 @@ SECONDS ?= 60
 fuzz: .venv/.fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
-# An hour: every mutant of the numerical core against the tests.
+# Hours: every mutant of what computes against the tests; python -m tests.mutants --files takes some.
 .venv/.mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	touch $@

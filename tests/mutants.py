@@ -1,12 +1,12 @@
-"""Mutation testing of the library's core: does a test notice every small change of the code?
+"""Mutation testing of all that computes: does a test notice every small change of the code?
 
     make mutants
-    python -m tests.mutants [--files scales.py sweep.py] [--limit 200]
+    python -m tests.mutants [--files minigpt/sweep.py experiments/harness/table.py] [--limit 200]
 
-needs Linux and an hour for all. The mutants are
+needs Linux and hours for all. The mutants are
 those of cosmic-ray's operators. Left out are those that do not compile, and those that only type checkers can see.
 Everything heavy is imported once; each mutant is a forked child that writes the changed file into a copy of the
-repository, imports minigpt from there and runs pytest: first the quick tests of that file, and the others when these
+repository, imports the code from there and runs pytest: first the quick tests of that file, and the others when these
 pass. Exit code 1 when fewer than 95 % are killed, or when one survives that `EQUIVALENT` does not argue.
 """
 
@@ -33,30 +33,57 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HEAVY = ("numpy", "pytest", "hypothesis", "torch.func", "torch._dynamo", "safetensors.torch", "tokenizers", "typer")
 HEAVY += ("transformers.models.gpt2.modeling_gpt2", "transformers.generation", "huggingface_hub.hf_api")
+CORE = ("test_compare", "test_sensitivity", "test_blocks", "test_sweep", "test_measures")
+STUDY = ("test_study", "test_report", "test_experiments")
 QUICK = {
-    "model.py": ("test_model", "test_parameters", "test_sweep", "test_measures"),
-    "parameters.py": ("test_parameters", "test_sweep", "test_measures"),
-    "sweep.py": ("test_sweep", "test_predictions", "test_measures"),
-    "measures.py": ("test_measures", "test_sweep", "test_predictions"),
+    "minigpt/engine.py": ("test_compare", "test_sweep", "test_limits"),
+    "minigpt/measures.py": ("test_measures", "test_sweep"),
+    "minigpt/predictions.py": ("test_predictions", "test_measures"),
+    "minigpt/sensitivity.py": ("test_sensitivity",),
+    "minigpt/sweep.py": ("test_sweep",),
+    "minigpt/compare.py": ("test_compare",),
+    "minigpt/parameters.py": ("test_parameters", "test_compare"),
+    "minigpt/model.py": ("test_model", "test_parameters"),
+    "minigpt/checkpoint.py": ("test_checkpoint",),
+    "minigpt/selfcheck.py": ("test_sweep", "test_limits"),
+    "experiments/harness/table.py": ("test_table",),
+    "experiments/harness/verdicts.py": ("test_study",),
+    "experiments/harness/corpus.py": ("test_corpus",),
+    "experiments/divergence/claims.py": ("test_study",),
+    "experiments/divergence/rows.py": ("test_study",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
 OTHERS = {
-    "model.py": (
-        "test_predictions",
-        "test_compare",
-        "test_sensitivity",
-        "test_checkpoint",
-        "test_generate",
-        "test_parity",
-        "test_hub",
-    ),
-    "parameters.py": ("test_model", "test_predictions", "test_compare", "test_sensitivity", "test_checkpoint"),
-    "sweep.py": ("test_compare", "test_sensitivity", "test_generate"),
-    "measures.py": ("test_compare", "test_sensitivity", "test_generate"),
+    "minigpt/engine.py": ("test_blocks", "test_sensitivity", "test_predictions", "test_measures"),
+    "minigpt/measures.py": ("test_predictions", "test_compare", "test_sensitivity"),
+    "minigpt/predictions.py": ("test_compare", "test_sweep", "test_blocks"),
+    "minigpt/sensitivity.py": ("test_blocks",),
+    "minigpt/sweep.py": ("test_predictions", *CORE),
+    "minigpt/compare.py": ("test_blocks",),
+    "minigpt/parameters.py": ("test_model", "test_generate", "test_checkpoint", *CORE),
+    "minigpt/model.py": ("test_predictions", "test_checkpoint", "test_generate", "test_parity", *CORE),
+    "minigpt/checkpoint.py": ("test_hub", "test_parity"),
+    "minigpt/selfcheck.py": ("test_doctor",),
+    "experiments/harness/table.py": STUDY,
+    "experiments/harness/verdicts.py": ("test_experiments",),
+    "experiments/harness/corpus.py": ("test_experiments",),
+    "experiments/divergence/claims.py": ("test_report",),
+    "experiments/divergence/rows.py": ("test_report",),
 }
 """The tests that run on a mutant when those pass."""
 SLOW = ("measured_peak", "runs_out_of_memory_is_halved_and_says_so", "full_shape", "published_figures")
-SLOW += ("certif", "fingerprint", "half_types", "sabotage")
+SLOW += (
+    "certif",
+    "fingerprint",
+    "half_types",
+    "sabotage",
+    "training",
+    "torchrun",
+    "killed",
+    "memory",
+    "browser",
+    "ranks",
+)
 """Parts of the names of tests that run on no mutant: they start processes, take a model of GPT-2 small's size, or ask
 whether other errors are noticed."""
 QUICK_SECONDS, OTHERS_SECONDS = 60, 120
@@ -87,7 +114,7 @@ def mutants_of(file: str) -> tuple[list[Mutant], int]:
     from cosmic_ray.plugins import get_operator
     from cosmic_ray.work_db import WorkDB, use_db
 
-    path = ROOT / "minigpt" / file
+    path = ROOT / file
     source = path.read_text()
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/session.sqlite", WorkDB.Mode.create) as session:
         init([path], session, {})
@@ -193,7 +220,7 @@ def tested(tree: Path, tests: Sequence[str]) -> int:
 
 def killed(tree: Path, mutant: Mutant) -> bool:
     """Whether a test fails on a mutant; the copy is put back afterwards."""
-    path = tree / "minigpt" / mutant.file
+    path = tree / mutant.file
     original = path.read_text()
     try:
         write(path, mutant.source)
@@ -236,60 +263,59 @@ _FULL = "full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is ref
 _REFUSED = "The lengths of a tensor that is not [batch, position]: all callers refuse it right after, with check_ids."
 _TWICE = "if len(set(layers)) < len(layers):"
 _SMALL = "CPython has one object for each integer up to 256: more blocks than any model has."
-_WHERE = (
-    "f\"The stream is no longer finite at {'the final norm' if place == last else f'depth {place}'} under factor \""
-)
 _COMPARE, _NUMBER = "ReplaceComparisonOperator_", "NumberReplacer"
 
 EQUIVALENT = (
-    Equivalent("measures.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
-    Equivalent("measures.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."),
+    Equivalent("minigpt/measures.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
     Equivalent(
-        "measures.py",
+        "minigpt/measures.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."
+    ),
+    Equivalent(
+        "minigpt/measures.py",
         f"{_COMPARE}Gt_NotEq",
         "return self._mean(sine.where(self.run_sq > 0, 1.0), positions)",
         "!= 0",
         "A squared norm is not negative, and a sweep refuses streams that are not finite.",
     ),
     Equivalent(
-        "measures.py",
+        "minigpt/measures.py",
         f"{_COMPARE}Gt_GtE",
         "longer = self.run_sq > self.clean_sq",
         ">=",
         "Where both norms are equal, the two differences are each other's negative, and are squared.",
     ),
-    Equivalent("measures.py", "ReplaceUnaryOperator_USub_UAdd", _MEAN, "real.sum(+1)", _TWO_AXES),
-    Equivalent("measures.py", "ReplaceUnaryOperator_Delete_USub", _MEAN, "real.sum(1)", _TWO_AXES),
-    Equivalent("sweep.py", f"{_COMPARE}Eq_GtE", _FULL, ">= 2", _REFUSED),
-    Equivalent("sweep.py", _NUMBER, _FULL, "else 1", _REFUSED),
-    Equivalent("sweep.py", _NUMBER, _FULL, "else -1", _REFUSED),
+    Equivalent("minigpt/measures.py", "ReplaceUnaryOperator_USub_UAdd", _MEAN, "real.sum(+1)", _TWO_AXES),
+    Equivalent("minigpt/measures.py", "ReplaceUnaryOperator_Delete_USub", _MEAN, "real.sum(1)", _TWO_AXES),
+    Equivalent("minigpt/engine.py", f"{_COMPARE}Eq_GtE", _FULL, ">= 2", _REFUSED),
+    Equivalent("minigpt/engine.py", _NUMBER, _FULL, "else 1", _REFUSED),
+    Equivalent("minigpt/engine.py", _NUMBER, _FULL, "else -1", _REFUSED),
     Equivalent(
-        "sweep.py",
+        "minigpt/engine.py",
         _NUMBER,
         "return texts, torch.full((len(texts),) if texts.ndim else (0,), full)",
         "( 1,)",
         _REFUSED,
     ),
-    Equivalent("sweep.py", f"{_COMPARE}Eq_GtE", _WHERE, ">= last", "No place comes after `last`."),
-    Equivalent("sweep.py", f"{_COMPARE}Eq_Is", _WHERE, "is last", _SMALL),
-    Equivalent("sweep.py", f"{_COMPARE}Lt_NotEq", _TWICE, "!=", "A set has no more members than what it was made of."),
-    Equivalent("sweep.py", f"{_COMPARE}Lt_IsNot", _TWICE, "is not", f"As != does; {_SMALL}"),
     Equivalent(
-        "sweep.py",
+        "minigpt/sweep.py", f"{_COMPARE}Lt_NotEq", _TWICE, "!=", "A set has no more members than what it was made of."
+    ),
+    Equivalent("minigpt/sweep.py", f"{_COMPARE}Lt_IsNot", _TWICE, "is not", f"As != does; {_SMALL}"),
+    Equivalent(
+        "minigpt/sweep.py",
         _NUMBER,
         "DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))",
         ", 3)",
         "Multiples of 0.05 are the same floats rounded to two digits and to three.",
     ),
     Equivalent(
-        "model.py",
+        "minigpt/model.py",
         f"{_COMPARE}Gt_NotEq",
         "z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)",
         "!= 1",
         "There is at least one position: the config refuses empty ids.",
     ),
     Equivalent(
-        "model.py",
+        "minigpt/model.py",
         _NUMBER,
         "future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)",
         "shape[ 1:]",
@@ -304,7 +330,7 @@ def main() -> int:
     made = {file: mutants_of(file) for file in arguments.files}
     mutants = sample([mutant for found, _ in made.values() for mutant in found], arguments.limit)
     with copy_of_the_repository() as tree:
-        prepare(tree)
+        prepare(tree, arguments.files)
         survivors = [mutant for mutant in watched(mutants) if not killed(tree, mutant)]
     for file, (found, left_out) in made.items():
         ran, alive = (Counter(mutant.file for mutant in some)[file] for some in (mutants, survivors))
@@ -325,14 +351,14 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(tree: Path) -> None:
+def prepare(tree: Path, chosen: Sequence[str]) -> None:
     """Import what every child needs; see that the tests pass on the code as it is, and fail on code that raises."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()  # pytest collects garbage at its end: not ours, in every child
-    for file, quick in QUICK.items():
-        if not passes(tree, [*quick, *OTHERS[file]], QUICK_SECONDS + OTHERS_SECONDS):
+    for file in chosen:
+        if not passes(tree, [*QUICK[file], *OTHERS[file]], QUICK_SECONDS + OTHERS_SECONDS):
             raise SystemExit(f"The tests of {file} fail on the code as it is; nothing can be learnt from its mutants.")
         if not killed(tree, Mutant(file, 1, "", "raise RuntimeError", "", "")):
             raise SystemExit(f"The tests of {file} pass on a file that only raises: they do not import the copy.")

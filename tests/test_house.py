@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import mutants
 from tests.conftest import ROOT, TINY
 
 ORDER = (
@@ -128,3 +129,17 @@ def test_checkpoint_names_appear_in_checkpoint_alone() -> None:
 def test_the_embedded_checkpoint_is_the_one_that_its_readme_describes() -> None:
     digest = hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest()
     assert digest in (ROOT / "weights" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("argued", mutants.EQUIVALENT, ids=lambda argued: f"{argued.file} {argued.became}")
+def test_a_mutant_that_is_argued_is_one_of_a_line_that_stands(argued: mutants.Equivalent) -> None:
+    lines = {line.strip() for line in (ROOT / argued.file).read_text().splitlines()}
+    assert argued.line in lines
+    assert argued.file in mutants.QUICK
+
+
+def test_the_tests_that_mutants_meet_exist() -> None:
+    named = {name for tests in (*mutants.QUICK.values(), *mutants.OTHERS.values()) for name in tests}
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in named)
+    assert set(mutants.QUICK) == set(mutants.OTHERS)
+    assert all((ROOT / file).exists() for file in mutants.QUICK)
