@@ -1,9 +1,10 @@
 """Many runs beside their clean run, through the model's own blocks, in as few passes as memory allows.
 
-A run is a dict of native parameters, as `scaled` takes it. It leaves the clean run at the first block that it names:
-that block gets the clean row and the values of all runs that leave there, [run, 1, 1] each, and broadcasting makes
-as many rows of it. So no clean block is computed twice, and each weight is read once for as many rows as fit the
-processor's cache. The block's equations stand in its `forward` alone; what its sublayers write is read there, by hooks.
+A run is a dict of native parameters, as `scaled` takes it. It leaves the clean run at the first block that it names.
+That block gets the clean row once for each run that leaves there, with these runs' values, [run, 1, 1], and what it
+computes of the clean row alone is remembered. So no clean block is computed twice, and each weight is read once for as
+many rows as fit the processor's cache. The block's equations stand in its `forward` alone; what its sublayers write is
+read there, by hooks.
 
 Words of this file: streams are [row, batch, position, n_embd], row 0 of the first slab is the clean run; a slab is the
 rows that go through a block together; a place is a depth 0 .. n_layer, or `final`. Only numbers per position leave a
@@ -14,7 +15,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -66,8 +67,6 @@ class Job:
     """Whether the norm of what every block adds is kept."""
     neutral: Mapping[str, Tensor] = field(default_factory=dict)
     """The neutral value of every parameter that a run names."""
-    tried: list[Set[str]] = field(default_factory=list)
-    """The sets of a block's parameters for which it was seen to broadcast; see `Pass._check_rows`."""
 
     @classmethod
     def checked(
@@ -210,8 +209,13 @@ class Pass:
             values = self._values(layer, runs[start : start + len(slab)])
             with _observed(block) as writes, memory.recorded() if memory and clean is None else nullcontext():
                 out = _call(block, slab, values)
-            parts = {part: _write(found, values.get(f"{part}_scale"), slab) for part, found in writes.items()}
+            parts = {
+                part: _write(found, values.get(f"{part}_scale"), slab)
+                for part, found in writes.items()
+                if all(of.numel() == slab.numel() for of in found)
+            }
             clean = clean or Clean.of(slab, out, parts)
+            parts = {part: parts[part] for part in clean.writes}
             written.append(self._written(clean, slab, out, parts))
             steps += [squared_norms(out - slab)] if self.job.steps else []
             slab.copy_(out)
@@ -225,36 +229,16 @@ class Pass:
     ) -> None:
         """Fill the streams of runs that leave the clean one at this block, of the clean stream x before it.
 
-        Text by text: a row [1, position, n_embd] and values [run, 1, 1] broadcast to [run, position, n_embd].
+        Text by text: as many views of its clean row as there are runs, and values [run, 1, 1]. Leaves that are given
+        the clean row alone remember what they made of it.
         """
         at_once = max(1, _slab_tokens(x.device) // x.shape[1])
         for start in range(0, len(new), at_once):
-            values = self._values(layer, new[start : start + at_once])
+            rows, values = joining[start : start + at_once], self._values(layer, new[start : start + at_once])
             for text in range(len(x)):
                 own = {name: value[:, min(text, value.shape[1] - 1)] for name, value in values.items()}
                 with memory.recalled(text) if memory else nullcontext(), assigned(block, own):
-                    out = block(x[text : text + 1])
-                    if text == start == 0 and len(new) > 1:
-                        self._check_rows(block, own, x[:1], out)
-                joining[start : start + at_once, text] = out
-
-    def _check_rows(self, block: Block, values: Mapping[str, Tensor], x: Tensor, out: Tensor) -> None:
-        """Raise ValueError unless a block makes of one row, given many values, what it makes of a row given one.
-
-        Once for every set of parameters: a block of one's own may count on as many rows as it was given.
-        """
-        if values.keys() in self.job.tried:
-            return
-        self.job.tried.append(values.keys())
-        with assigned(block, {name: value[-1:] for name, value in values.items()}):
-            expected = block(x)
-        apart = squared_norms((out - expected)[-1:]).sum() if out.shape[1:] == x.shape[1:] else torch.inf
-        near = torch.finfo(x.dtype).eps * squared_norms(expected).sum()
-        if near.isfinite() and not apart <= near:  # what overflows is told of at the next place
-            raise ValueError(
-                f"{type(block).__name__} makes other numbers of one row with {len(out)} values of "
-                f"{', '.join(values)} than with one; take sizes from the tensor that is reshaped, not from x."
-            )
+                    rows[:, text] = block(x[text].expand(len(rows), *x.shape[1:]))
 
     def _slabs(self, streams: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The rows in slabs that go through a block together, each with the number of its first row."""
@@ -359,8 +343,12 @@ class Clean:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, writes: Mapping[str, Tensor]) -> "Clean":
-        """Of the slab that it stands first in."""
-        return cls(before[0].clone(), after[0].clone(), {part: write[0].clone() for part, write in writes.items()})
+        """Of the slab that it stands first in; sublayers count as writers where what they return adds up to the block's
+        own write, which of a norm behind them, say, it does not."""
+        x, y, parts = before[0].clone(), after[0].clone(), {part: write[0].clone() for part, write in writes.items()}
+        left = _primal(y).double() - _primal(x).double() - sum(_primal(write).double() for write in parts.values())
+        add_up = squared_norms(left).sum() <= torch.finfo(x.dtype).eps * squared_norms(_primal(y)).sum()
+        return cls(x, y, parts if add_up else {})
 
 
 class CleanLeaves:
@@ -402,11 +390,11 @@ class CleanLeaves:
 
 
 def _remembering(forward: Callable[..., Any], seen: Sequence[tuple[Tensor, Tensor]], *given: Any, **named: Any) -> Any:
-    """What was made of this input before; else what is made of it now."""
-    if len(given) == 1 and not named and isinstance(given[0], Tensor) and len(given[0]) == 1:
+    """What was made of this input before, where all rows are the clean one; else what is made of it now."""
+    if len(given) == 1 and not named and isinstance(given[0], Tensor):
         for x, made in seen:
-            if torch.equal(given[0][0], x):
-                return made[None]
+            if given[0].shape[1:] == x.shape and torch.equal(given[0], x.expand_as(given[0])):
+                return made.expand(len(given[0]), *made.shape).clone()
     return forward(*given, **named)
 
 

@@ -41,6 +41,13 @@ class Native:
     index: str | None = None
     """What an entry of the axis behind `position` is called, where each has a value of its own: such as head."""
 
+    def __post_init__(self) -> None:
+        expected = {"scale": 1.0, "shift": 0.0}.get(self.name.rpartition("_")[2], self.neutral)
+        if self.neutral != expected:
+            raise ValueError(
+                f"{self.name} is declared neutral at {self.neutral:g}; it must be neutral at {expected:g}."
+            )
+
     @property
     def site(self) -> str:
         """What it acts on: `output` of `output_scale`."""

@@ -53,8 +53,7 @@ class Predictions:
 
 
 def prediction_numbers(rows: int, tokens: int, vocab_size: int) -> int:
-    """Float64 numbers that `predict` holds at its peak: of one chunk the logits, what becomes of them, the "
-    "clean ones."""
+    """How many float64 numbers `predict` holds at its peak: logits of a chunk, what is made of them, the clean ones."""
     return 9 * min(max(CHUNK, vocab_size), rows * tokens * vocab_size) + 12 * rows * tokens
 
 

@@ -203,25 +203,44 @@ def test_a_sublayer_by_another_name_leaves_only_the_blocks_own_write(small: Call
 
     renamed, plain = draw(GPT2Config(**SMALL), block=Renamed), small()
     found, expected = (sweep(model, TEXTS, (1,), (0.5,)) for model in (renamed, plain))
-    for name in ("frobenius", "written", "alignment", "attention_written"):
+    for name in ("frobenius", "written", "alignment"):
         shape = found.measure(measure_named(name), "rest").shape
         assert shape == expected.measure(measure_named(name), "rest").shape
         assert found.measure(measure_named(name), "rest")[0, 0, 3:-1].isfinite().all()
     assert found.measure("mlp_written", "rest")[0, 0, 3:].isnan().all()
+    assert found.measure("attention_written", "rest")[0, 0, 3:].isnan().all()
     assert found.measure("mlp_alignment", "rest")[0, 0, 3:].isnan().all()
 
 
-def test_a_block_that_counts_on_its_inputs_rows_is_refused_and_not_computed_wrongly() -> None:
+def test_a_block_that_counts_its_rows_is_computed_rightly() -> None:
     class Counting(Block):
-        """Reshapes what may have more rows than x by the number of rows of x."""
+        """Takes as many rows of what its attention left as x has."""
 
         def forward(self, x: Tensor, cache: object = None) -> Tensor:
-            batch, length, _ = x.shape
             u = x + self.attention_scale * self.attention(self.attention_norm(x))
-            folded = u.reshape(batch, length, -1)[..., : x.shape[2]]
-            return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(folded)))
+            return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)[: len(x)]))
 
     model = draw(GPT2Config(**SMALL), block=Counting)
-    assert sweep(model, TEXTS, (1,), FACTORS, "mlp").frobenius().isfinite().all()
-    with pytest.raises(ValueError, match="Counting makes other numbers of one row with 2 values of attention_scale"):
-        sweep(model, TEXTS, (1,), FACTORS, "attention")
+    for site in SITES:
+        result = sweep(model, TEXTS, (1, 2), (0.5, 1.5, 0.50001), site, indices=entries(model, site, 1))
+        assert not self_check(model, result).broken
+        for factor in result.factors:
+            values = {parameter_name(model, 1, site): value_at(model, site, factor)}
+            clean, changed = alone(model, TEXTS[0], values)
+            expected = (changed - clean).square().sum(-1)
+            found = result.statistics.difference_sq[0, result.factors.index(factor), :, 0]
+            torch.testing.assert_close(found, expected, **SAME)
+
+
+def test_writes_that_do_not_add_up_to_the_blocks_own_are_not_reported() -> None:
+    class Normed(Block):
+        """A norm stands behind its attention: what that returns is not what is written."""
+
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            u = x + self.attention_scale * self.attention_norm(self.attention(x))
+            return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)))
+
+    result = sweep(draw(GPT2Config(**SMALL), block=Normed), TEXTS, (1,), (0.5,))
+    assert result.measure("written", "rest")[0, 0, 3:-1].isfinite().all()
+    for name in ("attention_written", "mlp_written", "attention_alignment"):
+        assert result.measure(measure_named(name), "rest")[0, 0, 3:].isnan().all()

@@ -113,17 +113,17 @@ def test_a_value_may_differ_between_texts(model: GPT2) -> None:
 
 
 def test_what_is_not_named_keeps_its_neutral_value_whatever_that_is(small: Callable[..., GPT2]) -> None:
-    """A block with a temperature of neutral value 2: a run that does not name it must not see another."""
+    """A block with a level of neutral value 2: a run that does not name it must not see another."""
 
     class Cooled(Block):
-        native = (*Block.native, Native("cooling_scale", neutral=2.0))
-        cooling_scale: torch.Tensor
+        native = (*Block.native, Native("cooling", neutral=2.0))
+        cooling: torch.Tensor
 
         def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
-            return self.cooling_scale / 2 * super().forward(x, cache)
+            return self.cooling / 2 * super().forward(x, cache)
 
     model = draw(GPT2Config(**SMALL), block=Cooled)
-    named = {"blocks.2.cooling_scale": 1.0, "blocks.1.mlp_scale": 0.5}
+    named = {"blocks.2.cooling": 1.0, "blocks.1.mlp_scale": 0.5}
     both = compare(model, TEXTS, [named, {"blocks.1.mlp_scale": 0.5}]).measure("frobenius", "all")
     alone = compare(model, TEXTS, [{"blocks.1.mlp_scale": 0.5}]).measure("frobenius", "all")
     torch.testing.assert_close(both[1], alone[0], **SAME)

@@ -39,7 +39,7 @@ EXPERIMENTS = (
     ("divergence.__main__", "token_loss.__main__"),
     ("tour.charts", "tools.peers", "tools.train"),
     ("tour.tour", "tools.benchmark"),
-    ("train", "benchmark"),
+    ("tour.__main__", "train", "benchmark"),
 )
 """Page, harness, questions; then the tour, and the tools."""
 
