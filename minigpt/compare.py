@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minigpt.engine import Cells, Job, Progress, run
+from minigpt.engine import Job
 from minigpt.measures import Labels, Result
 from minigpt.model import GPT2
 from minigpt.parameters import Values
+from minigpt.passes import Cells, Progress, run
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,5 @@ def compare(
         raise ValueError(
             "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."
         )
-    job = Job.checked(model, ids, interventions, predictions, steps=steps)
-    cells = Cells.in_a_row(len(interventions), "intervention")
-    return Comparison(job.ids.cpu(), run(job, cells, max_bytes, progress))
+    job = Job.checked(model, ids, interventions, predictions, steps=steps, named="intervention {}".format)
+    return Comparison(job.ids.cpu(), run(job, Cells.in_a_row(len(interventions)), max_bytes, progress))

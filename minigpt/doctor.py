@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt import parity
-from minigpt.engine import is_out_of_memory
 from minigpt.model import GPT2
+from minigpt.passes import is_out_of_memory
 from minigpt.selfcheck import self_check
 from minigpt.sweep import sweep
 

@@ -7,12 +7,12 @@ d - 1, depth n_layer the raw output of the last block. The stream after the fina
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,19 @@ from minigpt.cache import KeyValueCache
 from minigpt.config import ACTIVATIONS, CheckpointError, GPT2Config, read_config
 from minigpt.linear import Linear
 from minigpt.parameters import Native, declare, natives, not_neutral, scaled_sites, weights
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another method while the body runs."""
+    own = vars(module).get(name)
+    setattr(module, name, method)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if own is not None:
+            setattr(module, name, own)
 
 
 class Attention(nn.Module):
@@ -49,11 +62,23 @@ class Attention(nn.Module):
         return [part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2)]
 
     def pattern(self, x: Tensor) -> Tensor:
-        """The softmax weights [batch, n_head, query, key] that `forward` leaves inside a fused kernel."""
+        """The weights of every mixture, [batch, n_head, query, key]: `mix` with the identity as values gives them.
+
+        Raises ValueError for an attention of one's own whose `mix` does not take its values from `heads`.
+        """
         q, k, _ = self.heads(x)
-        scores = q @ k.transpose(2, 3) * self.score_scale
-        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
-        return scores.masked_fill(future, -math.inf).softmax(dim=3)
+        identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
+        asked = list[Tensor]()
+
+        def heads(x: Tensor, *_: int) -> list[Tensor]:
+            asked.append(x)
+            return [q, k, identity]
+
+        with replaced(self, "heads", heads):
+            weights = self.mix(x).transpose(1, 2)
+        if not asked:
+            raise ValueError(f"{type(self).__name__}.mix does not ask `heads` for its values; override `pattern` too.")
+        return weights
 
     def mix(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What every head read, a mixture of values: [batch, position, n_head, head_width]."""

@@ -20,12 +20,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from minigpt.config import GPT2Config
 
 Values = Mapping[str, float | Tensor]
 """Names of native parameters and their values: what one run does to a model."""
 STREAM = ("batch", "position", "n_embd")
+TEXT_AXES = {"batch": "texts", "position": "positions", "query": "queries", "key": "keys"}
+"""The words of a shape that depend on the texts, and what there are several of; the others are fields of the config."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,19 @@ class Native:
     name: str
     """SITE_scale or SITE_shift: what it acts on, and how."""
     shape: tuple[str, ...] = STREAM
-    """What a value broadcasts against, in words: `batch`, `position`, and fields of the config."""
+    """What a value broadcasts against, in words: of `TEXT_AXES`, `batch` first, and fields of the config."""
     neutral: float = 1.0
     """The value that changes nothing."""
     index: str | None = None
-    """What an entry of the axis behind `position` is called, where each has a value of its own: such as head."""
+    """What an entry of the first axis that is a field of the config is called, where each has a value of its own: such
+    as head."""
 
     def __post_init__(self) -> None:
+        if self.shape[:1] != ("batch",) or (self.index and set(self.shape) <= set(TEXT_AXES)):
+            raise ValueError(
+                f"{self.name} is declared with the shape {self.shape}; expected `batch` first, and where entries have "
+                "values of their own, an axis that is a field of the config."
+            )
         expected = {"scale": 1.0, "shift": 0.0}.get(self.name.rpartition("_")[2], self.neutral)
         if self.neutral != expected:
             raise ValueError(
@@ -57,13 +66,19 @@ class Native:
         """The shape in numbers; None for the axes of the texts."""
         return [getattr(config, axis, None) for axis in self.shape]
 
+    @property
+    def indexed_axis(self) -> int:
+        """The axis of the entries, where there is an index."""
+        return next(axis for axis, word in enumerate(self.shape) if word not in TEXT_AXES)
+
     def entries(self, config: GPT2Config) -> int:
         """How many entries of their own the site has: heads, say. 1 where there is no index."""
-        return cast("int", self.sizes(config)[2]) if self.index else 1
+        return cast("int", self.sizes(config)[self.indexed_axis]) if self.index else 1
 
     def neutral_value(self, config: GPT2Config) -> Tensor:
-        """The value that changes nothing, with an axis for every one that is indexed."""
-        return torch.full([size for size in self.sizes(config)[2:] if size] if self.index else [], self.neutral)
+        """The value that changes nothing, with an axis for every one from the entries on."""
+        sizes = [size or 1 for size in self.sizes(config)[self.indexed_axis :]] if self.index else []
+        return torch.full(sizes, self.neutral)
 
 
 def declare(module: nn.Module, declared: Iterable[Native], config: GPT2Config) -> None:
@@ -117,7 +132,11 @@ def not_neutral(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_clean(model: nn.Module) -> None:
-    """Raise ValueError, naming them, when native parameters are not neutral."""
+    """Raise ValueError, naming them, when native parameters are not neutral; and when dropout would draw at random."""
+    if any(isinstance(of, _DropoutNd) and of.training and of.p > 0 for of in model.modules()):
+        raise ValueError(
+            "The model has dropout and is in training mode: every run would be another; call model.eval()."
+        )
     if changed := not_neutral(model):
         declared = natives(model)
         back = ", ".join(f"{name} back to {declared[name].neutral:g}" for name in changed)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minigpt.engine import Cells, Job, Progress, run
+from minigpt.engine import Job
 from minigpt.measures import MEASURES, Labels, Measure, PositionSet, Result, inner_products, squared_norms
 from minigpt.model import GPT2
 from minigpt.parameters import Native, natives, parameter_name, sites_of
+from minigpt.passes import Cells, Progress, run
 from minigpt.predictions import CHUNK, Predictions
 
 NONE: tuple[Measure, ...] = ("changed", "cosine")
@@ -95,8 +96,8 @@ def sensitivity(
     scales = tuple(Scale(layer, site, head) for layer in layers for site in chosen for head in entries[site])
     with forward_ad.dual_level():
         runs = [{parameter_name(model, of.layer, of.site): _dual(model, declared[of.site], of.head)} for of in scales]
-        job = Job.checked(model, ids, runs, _derivatives, tangents=True)
-        statistics = run(job, Cells.in_a_row(len(scales), "scale"), max_bytes, progress)
+        job = Job.checked(model, ids, runs, _derivatives, tangents=True, named="scale {}".format)
+        statistics = run(job, Cells.in_a_row(len(scales)), max_bytes, progress)
     return Sensitivity(job.ids.cpu(), statistics, scales)
 
 

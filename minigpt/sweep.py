@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from minigpt.config import GPT2Config
-from minigpt.engine import Cells, Job, Progress, padded, run
+from minigpt.engine import Job, padded
 from minigpt.files import open_tensors, write_tensors
 from minigpt.measures import WRITERS, Labels, Result, Statistics
 from minigpt.model import GPT2
 from minigpt.parameters import Native, Values, natives, parameter_name
+from minigpt.passes import Cells, Progress, run
 from minigpt.predictions import Predictions
 
 DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
@@ -154,8 +155,8 @@ def sweep(
     layers: Iterable[int] | None = None,
     factors: Sequence[float] = DEFAULT_FACTORS,
     site: str = "output",
-    heads: Iterable[int] | None = None,
     positions: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
     predictions: bool = False,
     max_bytes: int | None = None,
     progress: Progress | None = None,
@@ -187,9 +188,9 @@ def sweep(
     runs = [
         {names[i]: _value(native, model.config, numbers[j], entries[i][1], where, texts.shape[1])} for i, j in cells
     ]
-    job = Job.checked(model, ids, runs, predictions)
+    job = Job.checked(model, ids, runs, predictions, named=lambda one: f"factor {numbers[cells[one][1]]:g}")
     at = tuple(torch.tensor(cells, dtype=torch.int64).reshape(-1, 2).unbind(1))
-    grid = Cells((len(entries), len(numbers)), at, lambda one: f"factor {numbers[cells[one][1]]:g}")
+    grid = Cells((len(entries), len(numbers)), at)
     chosen = tuple(layer for layer, _ in entries)
     statistics = replace(run(job, grid, max_bytes, progress), sites=_sites(chosen, len(numbers)))
     own = tuple(int(index or 0) for _, index in entries) if native.index else None
@@ -207,10 +208,15 @@ def _value(
     """A factor as a parameter's value: at all positions or at some, of all entries of the site's index or of one."""
     if positions is None and index is None:
         return factor
-    value = torch.full((1, length, native.entries(config)), native.neutral, dtype=torch.float64)
-    at = slice(None) if positions is None else list(positions)
-    value[:, at, slice(None) if index is None else index] = factor
-    return value[:, :1] if positions is None else value
+    shape, at = [1] * len(native.shape), list[Any]([slice(None)] * len(native.shape))
+    if positions is not None:
+        axis = native.shape.index("position")
+        shape[axis], at[axis] = length, list(positions)
+    if index is not None:
+        shape[native.indexed_axis], at[native.indexed_axis] = native.entries(config), index
+    value = torch.full(shape, native.neutral, dtype=torch.float64)
+    value[tuple(at)] = factor
+    return value
 
 
 def _entries(
@@ -220,7 +226,9 @@ def _entries(
     chosen = _in_range("layer", layers, model.config.n_layer)
     native = natives(model)[parameter_name(model, 0, site)]
     if heads is not None and native.index != "head":
-        raise ValueError(f"heads were given with the site {site!r}; they belong to the site 'head'.")
+        raise ValueError(f"heads were given with the site {site!r}, which has none.")
+    if heads is not None and indices is not None:
+        raise ValueError("heads and indices were both given; they are the same thing, so give one of them.")
     if native.index is None:
         if indices is not None:
             raise ValueError(f"indices were given with the site {site!r}, which has none.")

@@ -314,13 +314,6 @@ EQUIVALENT = (
         "!= 1",
         "There is at least one position: the config refuses empty ids.",
     ),
-    Equivalent(
-        "minigpt/model.py",
-        _NUMBER,
-        "future = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)",
-        "shape[ 1:]",
-        "The mask of every head is the same; broadcasting makes no other.",
-    ),
 )
 
 

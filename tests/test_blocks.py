@@ -6,6 +6,7 @@ Each comparison has a twin that computes with GPT-2's block on the same weights,
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -180,6 +181,91 @@ def test_attention_patterns_are_of_what_attention_reads(other: GPT2) -> None:
         q, k, v = attention.heads(read[layer])
         torch.testing.assert_close(patterns[layer] @ v, attention.mix(read[layer]).transpose(1, 2), **SAME)
         assert q.shape == k.shape
+
+
+def test_attention_patterns_follow_a_mixture_of_ones_own(small: Callable[..., GPT2]) -> None:
+    class Sharp(Attention):
+        """Scores three times as large, mixed without the fused kernel."""
+
+        def mix(self, x: Tensor, cache: object = None) -> Tensor:
+            q, k, v = self.heads(x)
+            scores = 3 * self.score_scale * q @ k.transpose(2, 3)
+            future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+            return (scores.masked_fill(future, -math.inf).softmax(3) @ v).transpose(1, 2)
+
+    class Sharpened(Block):
+        attention_class = Sharp
+
+    ids, plain, model = torch.tensor(TEXTS[:1]), small(), small(block=Sharpened)
+    patterns = model.attention_patterns(ids)
+    torch.testing.assert_close(patterns.sum(-1), torch.ones_like(patterns[..., 0]), **SAME)
+    cubed = plain.attention_patterns(ids)[0] ** 3  # three times the scores is the weights' third power, normed
+    torch.testing.assert_close(patterns[0], cubed / cubed.sum(-1, keepdim=True), **SAME)
+    assert not torch.allclose(patterns[0], plain.attention_patterns(ids)[0], rtol=1e-2)
+
+
+def test_an_attention_that_mixes_other_values_than_its_heads_has_no_pattern(small: Callable[..., GPT2]) -> None:
+    class Odd(Attention):
+        """Mixes what it reads, whatever its heads say."""
+
+        def mix(self, x: Tensor, cache: object = None) -> Tensor:
+            return x.unflatten(2, (self.n_head, -1))
+
+    class OddBlock(Block):
+        attention_class = Odd
+
+    with pytest.raises(ValueError, match=r"Odd.mix does not ask `heads` for its values; override `pattern` too"):
+        small(block=OddBlock).attention_patterns(torch.tensor(TEXTS[:1]))
+
+
+def test_a_block_with_dropout_is_refused_in_training_mode(small: Callable[..., GPT2]) -> None:
+    class Dropping(Block):
+        """With dropout behind its attention."""
+
+        def __init__(self, config: GPT2Config, layer: int) -> None:
+            super().__init__(config, layer)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            return super().forward(self.drop(x))
+
+    model = small(block=Dropping)
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        sweep(model.train(), TEXTS, (1,), (0.5,))
+    assert not self_check(model.eval(), sweep(model, TEXTS, (1,), (0.5,))).broken
+
+
+def test_sublayers_that_read_only_clean_rows_are_not_run_again() -> None:
+    calls = {"attention": 0, "mlp": 0}
+
+    class Counted(Block):
+        """Counts the runs of what it is made of."""
+
+        def __init__(self, config: GPT2Config, layer: int) -> None:
+            super().__init__(config, layer)
+            for part in calls:
+                module = getattr(self, part)
+                module.activation = partial(self.count, part, getattr(module, "activation", None))
+                if part == "attention":
+                    module.mix = partial(self.counted_mix, module.mix)
+
+        def counted_mix(self, mix: Callable[..., Tensor], x: Tensor, _cache: object = None) -> Tensor:
+            return self.count("attention", mix, x)
+
+        @staticmethod
+        def count(part: str, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+            calls[part] += 1
+            return function(x)
+
+    model = small_of(Counted)
+    for site, (attention, mlp) in {"output": (4, 4), "mlp": (4, 4), "attention": (4, 5), "head": (5, 5)}.items():
+        calls.update(attention=0, mlp=0)
+        sweep(model, TEXTS[:1], (1,), (0.5, 1.5), site, indices=entries(model, site, 1))
+        assert calls == {"attention": attention, "mlp": mlp}, site
+
+
+def small_of(block: type[Block]) -> GPT2:
+    return draw(GPT2Config(**SMALL), block=block)
 
 
 def test_a_model_continues_a_text_with_and_without_a_cache_under_a_scale(other: GPT2) -> None:

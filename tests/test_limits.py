@@ -1,6 +1,7 @@
 """How far the numbers hold: extreme factors, streams near the norm's epsilon, long texts, short types."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt import GPT2, Sweep, scaled, sweep
+from minigpt import GPT2, Sweep, compare, scaled, sensitivity, sweep
 from minigpt.engine import StreamOverflowError
 from minigpt.measures import MEASURES, POSITION_SETS
 from minigpt.model import SITES
+from minigpt.parameters import parameter_name
 from minigpt.selfcheck import self_check
 from tests.conftest import ROOT, TINY
 
@@ -154,8 +156,67 @@ def test_a_stream_that_overflows_later_than_its_site_is_named_by_where_it_does(
     model = small(dtype=torch.float32)
     with torch.no_grad():
         model.blocks[2].mlp.projection.weight *= 1e38
-    with pytest.raises(StreamOverflowError, match="at depth 3 in the clean run; take float64"):
+    with pytest.raises(StreamOverflowError, match="at depth 3 in the clean run, in float32; take float64"):
         sweep(model, ids, (0,), (0.5,))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("exponent", range(12, 24))
+def test_a_factor_gives_what_float64_gives_or_is_refused(
+    small: Callable[..., GPT2], ids: Tensor, site: str, exponent: int
+) -> None:
+    """Somewhere on the way the sum of squares in a norm layer overflows: the stream would be finite and wrong."""
+    exact, model, grid = small(), small(dtype=torch.float32), ((1,), (-(10.0**exponent),), site)
+    try:
+        found = sweep(model, ids, *grid, predictions=True)
+    except StreamOverflowError as error:
+        assert exponent >= 16
+        assert re.search(f"norm layers of block [12] under factor -1e.{exponent}, in float32", str(error))
+        with pytest.raises(StreamOverflowError):
+            compare(model, ids, [{parameter_name(model, 1, site): -(10.0**exponent)}])
+    else:
+        assert exponent <= 19
+        expected = sweep(exact, ids, *grid, predictions=True)
+        for name in ("kl", "gauge_free", "relative"):
+            torch.testing.assert_close(
+                found.measure(name, "all"), expected.measure(name, "all"), equal_nan=True, rtol=1e-2, atol=1e-4
+            )
+
+
+def test_without_the_limit_a_factor_gives_another_number_quietly(
+    small: Callable[..., GPT2], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["minigpt.engine"], "largest_normed", lambda *_: math.inf)
+    grid = (ids, (1,), (1e20,))
+    exact, found = (sweep(small(dtype=dtype), *grid, predictions=True) for dtype in (torch.float64, torch.float32))
+    kl, expected = (of.measure("kl", "all")[0, 0, -1] for of in (found, exact))
+    assert kl.isfinite().all() and not torch.allclose(kl, expected, rtol=0.1)
+
+
+def test_a_stream_too_large_within_a_block_is_refused_although_the_depths_are_small(
+    small: Callable[..., GPT2], ids: Tensor
+) -> None:
+    both = {"blocks.2.attention_scale": 1e22, "blocks.2.output_scale": 1e-22}
+    with pytest.raises(StreamOverflowError, match="norm layers of block 2 under intervention 1"):
+        compare(small(dtype=torch.float32), ids, [{"blocks.2.output_scale": 1e-22}, both])
+    assert_finite_of(compare(small(), ids, [both]).measure("frobenius", "all"))
+
+
+def test_the_last_norm_is_asked_too(small: Callable[..., GPT2], ids: Tensor) -> None:
+    with pytest.raises(StreamOverflowError, match=r"too large for the final norm under factor 1e\+21"):
+        sweep(small(dtype=torch.float32), ids, (3,), (0.5, 1e21))
+
+
+def test_sensitivities_that_are_not_finite_are_a_sentence(small: Callable[..., GPT2], ids: Tensor) -> None:
+    model = small(dtype=torch.float32, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.unembed.weight.mul_(1e38).mul_(5)
+    with pytest.raises(StreamOverflowError, match="The predictions are no longer finite at the final norm"):
+        sensitivity(model, ids)
+
+
+def assert_finite_of(values: Tensor) -> None:
+    assert values.isfinite().all()
 
 
 def study(folder: Path, factors: str) -> tuple[int, str, str]:
@@ -171,10 +232,11 @@ def test_the_study_says_nothing_on_stderr_under_extreme_factors(tmp_path: Path) 
 
 
 def test_a_study_that_overflows_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    """1e30 itself is a float32; the next norm's square is not."""
+    """1e30 itself is a float32; its square is not."""
     code, out, err = study(tmp_path / "out", "0.5,1e30")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "The stream is no longer finite at depth 4 under factor 1e+30; take a smaller one, or float64." in err
+    said = "too large for the norm layers of block 3 under factor 1e+30, in float32; take a smaller value, or float64."
+    assert said in err
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from minigpt import GPT2, GPT2Config, scaled
-from minigpt.model import SITES
-from minigpt.parameters import natives, not_neutral, parameter_name, sites_of
+from minigpt import GPT2, Block, GPT2Config, compare, scaled
+from minigpt.model import SITES, Attention
+from minigpt.parameters import Native, natives, not_neutral, parameter_name, sites_of
 from tests.conftest import SMALL, TINY, draw
 
 EPSILON_DEPARTURE = 1e-5
@@ -229,3 +230,49 @@ def _score(model: GPT2, ids: Tensor) -> Tensor:
 def _functional(model: GPT2, ids: Tensor, name: str, scale: Tensor) -> Tensor:
     logits = functional_call(model, {name: scale}, (ids,))
     return logits.log_softmax(-1)[..., 5].mean()
+
+
+class Edged(Attention):
+    """Adds to the scores: a parameter whose second axis is no position."""
+
+    native = (*Attention.native, Native("score_shift", ("batch", "n_head", "query", "key"), neutral=0.0, index="head"))
+    score_shift: torch.Tensor
+
+    def mix(self, x: torch.Tensor, cache: object = None) -> torch.Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(2, 3) * self.score_scale + self.score_shift
+        future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+        return (scores.masked_fill(future, -torch.inf).softmax(3) @ v).transpose(1, 2)
+
+
+class EdgedBlock(Block):
+    attention_class = Edged
+
+
+def test_the_axes_of_a_value_are_what_the_declaration_says(small: Callable[..., GPT2]) -> None:
+    """Texts of three lengths in passes of two: a value is cut at its queries and keys, and never at its heads."""
+    model, texts = small(block=EdgedBlock), [[1, 2, 3, 4], [5, 6, 7], [8, 9]]
+    shift = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    name = "blocks.1.attention.score_shift"
+    whole = compare(model, texts, [{name: shift}, {name: shift[:1, :1]}])
+    for text, ids in enumerate(texts):
+        for run, value in enumerate((shift[text], shift[0, :1])):
+            of_text = value[:, : len(ids), : len(ids)]
+            with torch.no_grad():
+                clean = model.residuals(torch.tensor([ids]))
+                with scaled(model, {name: of_text}):
+                    expected = (model.residuals(torch.tensor([ids])) - clean).square().sum((1, 2, 3)).sqrt()
+            found = whole.measure("frobenius", "all")[run, :-1, text]
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="1 or 3 texts by 1 or 4 queries by 1 or 4 keys"):
+        compare(model, texts, [{name: shift[:, :, :3]}])
+    assert natives(model)[name].entries(model.config) == 3
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{"shape": ("position", "n_embd")}, {"shape": ("batch", "position"), "index": "token"}, {"shape": ()}],
+)
+def test_a_declaration_without_texts_or_without_entries_is_refused(declared: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected `batch` first"):
+        Native("gate_scale", **declared)

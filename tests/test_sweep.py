@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt import GPT2, Sweep, scaled, sweep
-from minigpt.engine import Job, Pass, Place, StreamOverflowError, estimate_bytes, free_bytes, plan
+from minigpt.engine import Job, Pass, Place, StreamOverflowError
 from minigpt.linear import Linear
 from minigpt.measures import MEASURES, POSITION_SETS
 from minigpt.model import SITES
 from minigpt.parameters import parameter_name
+from minigpt.passes import estimate_bytes, free_bytes, plan
 from minigpt.selfcheck import rounding_errors, self_check
 from minigpt.sweep import DEFAULT_FACTORS
 from tests.conftest import ROOT, SMALL, entries, value_at
@@ -151,7 +152,8 @@ def test_only_what_remains_of_the_blocks_is_run(
 MEASURED = """
 import sys, torch
 from minigpt import GPT2, GPT2Config
-from minigpt.engine import Job, estimate_bytes, plan
+from minigpt.engine import Job
+from minigpt.passes import estimate_bytes, plan
 from minigpt.parameters import parameter_name
 
 def kilobytes(name):
@@ -296,7 +298,7 @@ def test_the_error_of_half_precision_is_measured_beside_float32(small: Callable[
             if (layer, (result.heads or {i: None})[i]) == (error.layer, error.index.get("head"))
         )
         heads = [*error.index.values()] or None
-        alone = sweep(exact, texts, [error.layer], [error.factor], site, heads).frobenius()[0, 0]
+        alone = sweep(exact, texts, [error.layer], [error.factor], site, heads=heads).frobenius()[0, 0]
         found = result.frobenius()[entry, result.factors.index(error.factor)]
         apart = ((found - alone).abs() / alone)[error.layer + 1 :].max()
         # a head's product in float32 rounds otherwise with another number of rows beside it
@@ -437,7 +439,8 @@ def test_another_file_is_not_a_sweep(tmp_path: Path, content: bytes) -> None:
         ({"factors": (0.5, 0.5)}, "twice"),
         ({"ids": [1, 2, 3]}, "not lists of token ids"),
         ({"site": "nonsense"}, "nonsense"),
-        ({"heads": (0,)}, "site 'head'"),
+        ({"heads": (0,)}, "site 'output', which has none"),
+        ({"site": "head", "heads": (0,), "indices": (1,)}, "both given"),
         ({"site": "head", "heads": (3,)}, "from 0 to 2"),
         ({"positions": (10,)}, "positions are .10,.; .* from 0 to 9"),
         ({"positions": ()}, "positions"),
@@ -470,10 +473,10 @@ def test_a_stream_that_overflows_says_where_first_and_under_which_factor(
     small: Callable[..., GPT2], ids: Tensor
 ) -> None:
     model = small(dtype=torch.float32)
-    with pytest.raises(StreamOverflowError, match=r"finite at depth 2 under factor 3e\+38; take a smaller one"):
+    with pytest.raises(StreamOverflowError, match=r"depth 2 under factor 3e\+38, in float32; take a smaller value"):
         sweep(model, ids, (3, 1), (0.5, 3e38))
     model.final_norm.weight.data.fill_(3e38)
-    with pytest.raises(StreamOverflowError, match="finite at the final norm in the clean run; take float64"):
+    with pytest.raises(StreamOverflowError, match="at the final norm in the clean run, in float32; take float64"):
         sweep(model, ids, (1,), (0.5,))
 
 
