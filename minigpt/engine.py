@@ -1,10 +1,10 @@
 """One pass: a clean run of some texts and many runs beside it, through the model's own blocks.
 
 A run is a dict of native parameters, as `scaled` takes it. It leaves the clean run at the first block that it names.
-That block gets the clean row once for each run that leaves there, with these runs' values, [run, 1, 1], and what it
-computes of the clean row alone is remembered. So no clean block is computed twice, and each weight is read once for as
-many rows as fit the processor's cache. The block's equations stand in its `forward` alone; what its sublayers write is
-read there, by hooks. `passes.py` says how many passes there are.
+That block gets the clean row once more for each run that leaves there, with that run's values. Its modules compute such
+rows only where they read something else than the clean row does. So nothing clean is computed twice, and each weight
+is read once for as many rows as fit the processor's cache. The block's equations stand in its `forward` alone; what its
+sublayers write is read there, by hooks. `passes.py` says how many passes there are.
 
 Words of this file: streams are [row, batch, position, n_embd], row 0 of the first slab is the clean run; a slab is the
 rows that go through a block together; a place is a depth 0 .. n_layer, or `final`. Only numbers per position leave a
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any, NoReturn
 
 import torch
@@ -174,9 +174,8 @@ class Pass:
         streams[0] = model.embed(self.ids)
         yield self._place(0, streams[:1])
         for layer, block in enumerate(model.blocks):
-            new = [run for run in self.runs if leaves_at(self.job.runs[run]) == layer]
-            here, gone = 1 + gone, gone + len(new)
-            found = self._through(layer, block, streams[:here], streams[here : 1 + gone], new)
+            here, gone = 1 + gone, sum(leaves_at(self.job.runs[run]) <= layer for run in self.runs)
+            found = self._through(layer, block, streams[: 1 + gone], here)
             yield self._place(layer + 1, streams[: 1 + gone], found=found)
         predictions = predict(model, streams, self.ids, self.lengths) if predict else None
         yield self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
@@ -194,67 +193,37 @@ class Pass:
             replace(self, texts=slice(first + half, last), ids=self.ids[half:], lengths=self.lengths[half:]),
         ]
 
-    def _through(
-        self, layer: int, block: Block, streams: Tensor, joining: Tensor, new: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """Bring the streams through a block, in place, and let new runs leave the clean one in it.
+    def _through(self, layer: int, block: Block, streams: Tensor, left: int) -> dict[str, Tensor]:
+        """Bring the streams through a block, in place.
 
-        Returns what the block wrote and added, by the names that `Statistics` has for it.
+        So many of the first rows had left the clean run before; the others begin here, as the clean row.
+        Returns what the block wrote otherwise into the first ones, and what it added to all, by the names that
+        `Statistics` has for it.
         """
-        values_of_new = self._values(layer, new)
-        memory = Remembered(block, len(self.ids), values_of_new) if new and not self.job.tangents else None
+        streams[left:] = streams[0]
         runs: list[int | None] = [None, *self.runs[: len(streams) - 1]]
+        changed = self._values(layer, runs[left:])
+        shared = Shared(block, len(self.ids), changed) if changed and not self.job.tangents else None
         written, steps, clean = list[Tensor](), list[Tensor](), None
         for start, slab in self._slabs(streams):
-            values = self._values(layer, runs[start : start + len(slab)])
+            of_slab = runs[start : start + len(slab)]
+            before = of_slab[: max(0, left - start)]
             with (
                 _observed(block) as writes,
-                memory.recorded() if memory and clean is None else nullcontext(),
-                self._within_range(block, f"the norm layers of block {layer}", runs[start : start + len(slab)]),
+                self._within_range(block, f"the norm layers of block {layer}", of_slab),
+                shared.among(len(slab), len(slab) - len(before), first=start == 0) if shared else nullcontext(),
             ):
-                out = _call(block, slab, values)
-            parts = {
-                part: _write(found, values.get(f"{part}_scale"), slab)
-                for part, found in writes.items()
-                if all(of.numel() == slab.numel() for of in found)
-            }
-            clean = clean or Clean.of(slab, out, parts)
-            parts = {part: parts[part] for part in clean.writes}
-            written.append(self._written(clean, slab, None if parts and not values else out, parts))
+                out = _call(block, slab, self._values(layer, of_slab))
+            if before:
+                values = self._values(layer, before)
+                parts = _writes(writes, slab, len(before), values)
+                clean = clean or Clean.of(slab, out, parts)
+                parts = {part: parts[part] for part in clean.writes}
+                after = None if parts and not values else out[: len(before)]
+                written.append(self._written(clean, slab[: len(before)], after, parts))
             steps += [squared_norms(out - slab)] if self.job.steps else []
             slab.copy_(out)
-        if new and clean:
-            self._leave(layer, block, clean.before, joining, new, values_of_new, memory)
-            steps += [squared_norms(joining - clean.before)] if self.job.steps else []
         return {name: torch.cat(found).double() for name, found in (("written", written), ("steps_sq", steps)) if found}
-
-    def _leave(
-        self,
-        layer: int,
-        block: Block,
-        x: Tensor,
-        joining: Tensor,
-        new: Sequence[int],
-        values: Mapping[str, Tensor],
-        memory: "Remembered | None",
-    ) -> None:
-        """Fill the streams of runs that leave the clean one at this block, of the clean stream x before it.
-
-        Text by text: as many views of its clean row as there are runs, and values [run, 1, 1]. Modules that are given
-        the clean row alone remember what they made of it.
-        """
-        at_once = max(1, slab_tokens(x.device) // x.shape[1])
-        for start in range(0, len(new), at_once):
-            some = slice(start, start + at_once)
-            rows = joining[some]
-            for text in range(len(x)):
-                own = {name: value[some, min(text, value.shape[1] - 1)] for name, value in values.items()}
-                with (
-                    memory.recalled(text) if memory else nullcontext(),
-                    self._within_range(block, f"the norm layers of block {layer}", new[some]),
-                    assigned(block, own),
-                ):
-                    rows[:, text] = block(x[text].expand(len(rows), *x.shape[1:]))
 
     @contextmanager
     def _within_range(self, module: nn.Module, where: str, runs: Sequence[int | None]) -> Iterator[None]:
@@ -403,12 +372,12 @@ class Clean:
         return cls(x, y, parts if add_up else {})
 
 
-class Remembered:
-    """What the modules of a block made of the clean row, for the runs that leave it there.
+class Shared:
+    """What the modules of a block make of the clean row, for the runs that leave it there.
 
-    A product of few rows rounds otherwise than one of many. So a module that gets the very bits that it got in the
-    clean run returns what it returned there: runs that leave a block late in it share all before, bit for bit, and
-    nothing clean is computed twice. Modules in which a leaving run changes a parameter are left out.
+    A product rounds otherwise with other rows beside it. So of a row that reads the very bits that the clean row reads,
+    a module computes nothing: it gets what the clean row got. Runs that leave a block late in it share all before, bit
+    for bit, and nothing clean is computed twice. Modules in which a leaving run changes a parameter are left out.
     """
 
     def __init__(self, block: Block, texts: int, changed: Iterable[str]) -> None:
@@ -416,34 +385,60 @@ class Remembered:
         self.modules = [
             module
             for path, module in block.named_modules()
-            if path and not any(owner.startswith(f"{path}.") for owner in owners)
+            if any(weight.ndim > 1 for weight in module.parameters())  # the others do no product
+            and path
+            and not any(owner.startswith(f"{path}.") for owner in owners)
         ]
         self.texts = texts
-        self.seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self.clean: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        """What each module read and made of the clean row, which stands first in the first slab."""
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Keep what the modules read and make of the clean row, which stands first."""
-
-        def keep(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], made: Any) -> None:
-            x = _only_tensor(given, named)
-            if x is not None and isinstance(made, Tensor) and min(len(x), len(made)) >= self.texts:
-                self.seen.setdefault(module, []).append((x[: self.texts].clone(), made[: self.texts].clone()))
-
-        with ExitStack() as hooks:
-            for module in self.modules:
-                hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
-            yield
-
-    @contextmanager
-    def recalled(self, text: int) -> Iterator[None]:
-        """Let the modules remember, of one text."""
+    def among(self, rows: int, new: int, first: bool) -> Iterator[None]:
+        """While a slab of so many rows goes through the block, whose last ones are of runs that leave here."""
         with ExitStack() as replacements:
-            for module, seen in self.seen.items():
-                of_text = [(x[text], made[text]) for x, made in seen]
-                remembering = partial(_remembering, module.forward, of_text)
-                replacements.enter_context(replaced(module, "forward", remembering))
+            for module in self.modules:
+                forward = partial(self._forward, module, module.forward, rows * self.texts, new * self.texts, first)
+                replacements.enter_context(replaced(module, "forward", forward))
             yield
+
+    def _forward(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        rows: int,
+        new: int,
+        first: bool,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        """What a module makes of a slab; of the last rows, where they repeat the clean one, what it made of that."""
+        x, old, texts = _only_tensor(given, named), rows - new, self.texts
+        if x is None or len(x) != rows:
+            return forward(*given, **named)
+        if first:
+            repeats = _repeats(x[old:], x[:texts])
+            out = forward(x[:old] if repeats else x, *given[1:], **named)
+            if not isinstance(out, Tensor) or len(out) != (old if repeats else rows):
+                return forward(*given, **named)
+            made = out[:texts]
+            self.clean.setdefault(module, []).append((x[:texts].clone(), made.clone()))
+            return torch.cat([out, _repeated(made, new)]) if repeats else out
+        for clean, made in self.clean.get(module, []):
+            if _repeats(x[old:], clean):
+                computed = [forward(x[:old], *given[1:], **named)] if old else []
+                return torch.cat([*computed, _repeated(made, new)])
+        return forward(*given, **named)
+
+
+def _repeats(x: Tensor, clean: Tensor) -> bool:
+    """Whether rows x are the clean row, of every text, again and again: at least once."""
+    return len(x) > 0 and x.shape[1:] == clean.shape[1:] and torch.equal(x, _repeated(clean, len(x)))
+
+
+def _repeated(clean: Tensor, rows: int) -> Tensor:
+    """The clean row of every text, to so many rows of texts."""
+    return clean.expand(rows // len(clean), *clean.shape).flatten(0, 1)
 
 
 def _only_tensor(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
@@ -451,15 +446,6 @@ def _only_tensor(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | N
     first, *others = given or (None,)
     none_else = all(of is None for of in (*others, *named.values()))
     return first if isinstance(first, Tensor) and first.ndim and none_else else None
-
-
-def _remembering(forward: Callable[..., Any], seen: Sequence[tuple[Tensor, Tensor]], *given: Any, **named: Any) -> Any:
-    """What was made of this input before, where all rows are the clean one; else what is made of it now."""
-    if (rows := _only_tensor(given, named)) is not None:
-        for x, made in seen:
-            if rows.shape[1:] == x.shape and torch.equal(rows, x.expand_as(rows)):
-                return made.expand(len(rows), *made.shape).clone()
-    return forward(*given, **named)
 
 
 @contextmanager
@@ -479,10 +465,17 @@ def _keep(found: dict[str, list[Tensor]], part: str, _module: nn.Module, _given:
         found.setdefault(part, []).append(out)
 
 
-def _write(found: Sequence[Tensor], scale: Tensor | None, like: Tensor) -> Tensor:
-    """What a sublayer wrote into the streams: all that it returned, times its scale where that is not neutral."""
-    write = torch.stack(list(found)).sum(0).view_as(like) if len(found) > 1 else found[0].view_as(like)
-    return write if scale is None else write * scale
+def _writes(
+    returned: Mapping[str, Sequence[Tensor]], slab: Tensor, rows: int, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the sublayers wrote into the first rows of a slab: all that each returned, times its scale."""
+    found = dict[str, Tensor]()
+    for part, tensors in returned.items():
+        if all(of.numel() == slab.numel() for of in tensors):
+            write = reduce(torch.add, (of.view_as(slab)[:rows] for of in tensors))
+            scale = values.get(f"{part}_scale")
+            found[part] = write if scale is None else write * scale
+    return found
 
 
 def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
