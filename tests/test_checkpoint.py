@@ -59,6 +59,22 @@ def test_a_round_trip_through_transformers_is_bit_identical(
     assert_same(GPT2.from_pretrained(tmp_path / "theirs", dtype=torch.float64), model)
 
 
+def test_a_small_model_of_transformers_whose_special_tokens_lie_outside_its_vocabulary_loads_and_saves_them(
+    tmp_path: Path, ids: Tensor
+) -> None:
+    """GPT2Config(vocab_size=...) leaves 50256 for both."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 97, "n_positions": 24, "n_embd": 36, "n_head": 3, "n_layer": 2}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT2.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (50256, 50256)
+
+
 def test_float64_weights_never_pass_through_float32(model: GPT2, folder: Path) -> None:
     loaded = GPT2.from_pretrained(folder, dtype=torch.float64)
     weight = loaded.token_embedding.weight
