@@ -8,12 +8,13 @@ transposed on the way in and out: as views, without a copy.
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.config import CheckpointError, GPT2Config
-from minigpt.files import MOST_HEADER, open_tensors, read_json, shown, write_together
+from minigpt.files import MOST_HEADER, open_tensors, printable, read_json, shown, write_together
 
+logger = logging.getLogger("minigpt")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ORIGIN = "origin.json"  # which repository and commit a downloaded folder holds
 MOST_PROBLEMS = 20
@@ -136,7 +138,11 @@ def _table(shapes: Mapping[str, list[int]], names: Mapping[str, str]) -> dict[st
 
 
 def same_block(stored: str | None, name: str | None) -> bool:
-    """Whether the block that a file names is that one; None is GPT-2's own. Its module may have moved since."""
+    """Whether the block that a file names may be that one: a class of that name. None is GPT-2's own block.
+
+    The module does not count. It moves, from a notebook to a file, say, and no name tells what a class computes
+    today. A stored reference does, and it is held against a block of the same name whatever its module.
+    """
     if stored is None or name is None:
         return stored is name
     return stored.partition(":")[2] == name.partition(":")[2]
@@ -145,14 +151,27 @@ def same_block(stored: str | None, name: str | None) -> bool:
 def check_block(directory: Path, stored: str | None, given: str | None) -> None:
     """Raise CheckpointError unless a checkpoint that names its block is to be loaded with that block.
 
-    It is never imported by the name that the file gives: that would run a stranger's code.
+    It is never imported by the name that the file gives: that would run a stranger's code. For a class of the same
+    name in another module, the logger `minigpt` says so.
     """
     if stored is None or same_block(stored, given):
+        if stored is not None and stored != given:
+            _say_that_it_moved(directory, stored, given)
         return
     arrived = f"the block {given} was given" if given else "no block was given"
     raise CheckpointError(
         f"{directory} was saved with the block {stored}, and {arrived}. If you trust that block's code, import it and "
         f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {stored}."
+    )
+
+
+@cache
+def _say_that_it_moved(directory: Path, stored: str, given: str | None) -> None:
+    """Once for each folder: parity loads a model again."""
+    logger.warning(
+        "%s was saved with the block %s, and %s has its name but is of another module. Whether it computes the same, "
+        "`minigpt verify` tells, where a reference was stored.",
+        *(printable(str(name)) for name in (directory, stored, given)),
     )
 
 
@@ -367,6 +386,16 @@ def check_alike(state: dict[str, Tensor], layout: Layout) -> None:
     places = {stored.name: stored for theirs in layout if (stored := layout.get(theirs))}
     if odd := [name for name in {**state, **places} if not _fits(state.get(name), places.get(name))]:
         raise ValueError(f"Every block of a model must hold the same parameters; these are not in all: {shown(odd)}.")
+
+
+def check_shared(shared: Iterable[list[str]], state: Mapping[str, Tensor], block: str | None) -> None:
+    """Raise CheckpointError where a checkpoint has several values for what a model makes one parameter of."""
+    for first, *others in shared:
+        if apart := [name for name in others if name in state and not torch.equal(state[name], state[first])]:
+            raise CheckpointError(
+                f"The block {block} makes one parameter of {first} and {shown(apart)}, but the checkpoint has several "
+                "values for it. Load it with a block that keeps them apart."
+            )
 
 
 def _fits(tensor: Tensor | None, stored: Stored | None) -> bool:

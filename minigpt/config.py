@@ -60,7 +60,8 @@ class GPT2Config:
     """Every number that fixes a GPT-2's shape and arithmetic; the defaults are the 124M model's.
 
     The fields have the names and meanings of Hugging Face's `GPT2Config`. Dropout probabilities
-    are kept for the round trip and never applied.
+    are kept for the round trip and never applied. No run reads `bos_token_id`; `eos_token_id` ends a generated text.
+    Both may lie outside the vocabulary, as transformers leaves them where only `vocab_size` was chosen.
 
     Raises ValueError, naming the field, when a value cannot be right.
     """
@@ -89,13 +90,14 @@ class GPT2Config:
             _check_positive_integer(name, getattr(self, name))
         if self.n_inner is not None:
             _check_positive_integer("n_inner", self.n_inner)
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range"):
-            _check_number(name, getattr(self, name))
         for field in fields(self):
+            if field.type is float:
+                _check_number(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))  # JSON's 1 is a whole number
             if field.type is bool and not isinstance(getattr(self, field.name), bool):
                 raise ValueError(f"{field.name} is {shown(getattr(self, field.name))}; expected true or false.")
         for name in ("bos_token_id", "eos_token_id"):
-            _check_token_id(name, getattr(self, name), self.vocab_size)
+            _check_token_id(name, getattr(self, name))
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}; n_embd must be a multiple of n_head."
@@ -205,13 +207,9 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {shown(value)}; expected a finite number of at least 0.")
 
 
-def _check_token_id(name: str, value: object, vocab_size: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-        raise ValueError(
-            f"{name} is {shown(value)}; expected an id below vocab_size ({vocab_size}); set it to that, or to null."
-        )
+def _check_token_id(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST):
+        raise ValueError(f"{name} is {shown(value)}; expected an integer from 0 to {MOST}, or null.")
 
 
 OFFICIAL: dict[str, GPT2Config] = {

@@ -7,6 +7,7 @@ d - 1, depth n_layer the raw output of the last block. The stream after the fina
 
 import importlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -180,7 +181,8 @@ class GPT2(nn.Module):
 
     `GPT2(config)` draws fresh weights as Hugging Face does: normal with deviation `initializer_range`, divided by
     sqrt(2 * n_layer) for the projections that write into the stream (after Radford et al. 2019, section 2.3).
-    `block` is what it is made of: a subclass of `Block`, where the architecture is another.
+    `block` is what it is made of: a subclass of `Block`, where the architecture is another. What a block adds to
+    GPT-2's layers, or makes of another class than `minigpt.linear.Linear`, keeps the weights that the block gave it.
     """
 
     def __init__(self, config: GPT2Config, block: type[Block] = Block) -> None:
@@ -284,16 +286,26 @@ class GPT2(nn.Module):
         model = cls._empty(config, block, torch.device(device))
         checkpoint.check_alike(weights(model), layout)
         neutral = {name: native.neutral_value(config).to(device, dtype) for name, native in natives(model).items()}
+        shared = model._shared()
+        checkpoint.check_shared(shared, state, block_name(block))
         model.load_state_dict(state | neutral, assign=True)
-        model._tie()
+        for first, *others in shared:
+            for module, _, leaf in (name.rpartition(".") for name in others):
+                model.get_submodule(module).register_parameter(leaf, model.get_parameter(first))
         model.source = checkpoint.Source(str(name_or_path), found.repository, found.commit, files)
         return model.to(device, dtype).eval()  # what the block keeps beside its weights
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write what `from_pretrained` loads back, and transformers too where the block is GPT-2's own.
 
-        Raises ValueError when a native parameter is not neutral, and CheckpointError when it cannot be written.
+        Raises ValueError when a native parameter is not neutral and for a subclass of GPT2, which a checkpoint cannot
+        name, and CheckpointError when it cannot be written.
         """
+        if type(self) is not GPT2:
+            raise ValueError(
+                f"{type(self).__name__} is a subclass of GPT2, and its checkpoint would pass for GPT-2's. Put what is "
+                "different into a subclass of minigpt.Block, and give that with block=: a checkpoint names it."
+            )
         if changed := {name: value.tolist() for name, value in not_neutral(self).items()}:
             raise ValueError(
                 "Native parameters that are not neutral cannot be saved, for a checkpoint has no place for them: "
@@ -324,11 +336,23 @@ class GPT2(nn.Module):
         if self.config.tie_word_embeddings:
             self.unembed.weight = self.token_embedding.weight
 
+    def _shared(self) -> list[list[str]]:
+        """The names of every parameter that has several, as a tied unembedding has."""
+        names = defaultdict[int, list[str]](list)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return [group for group in names.values() if len(group) > 1]
+
     def _draw_weights(self) -> None:
+        sublayers = [module for module in self.modules() if isinstance(module, Attention | MLP)]
+        writing = {getattr(sublayer, "projection", None) for sublayer in sublayers}
+        others = {getattr(sublayer, name, None) for sublayer in sublayers for name in ("qkv", "expand")}
+        others |= {getattr(self, name, None) for name in ("token_embedding", "position_embedding", "unembed")}
         std = self.config.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                writes = name.endswith("projection")
-                nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if writes else std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if module in writing | others and isinstance(module, Linear | nn.Embedding):
+                nn.init.normal_(
+                    module.weight, std=std / math.sqrt(2 * self.config.n_layer) if module in writing else std
+                )
+                if isinstance(module, Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)

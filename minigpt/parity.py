@@ -1,7 +1,8 @@
 """Does this model compute what Hugging Face's GPT-2 computes? Checked before any study.
 
 Three ways, and `certify` takes the first that applies: a reference stored beside the weights, the
-figures that others published for the official weights, a live run of transformers.
+figures that others published for the official weights, a live run of transformers. Where a live run is
+asked for, it comes on top of the others: it reads the same config.json as we do, and the others do not.
 
 A model of another block has no counterpart in transformers: it is held against a reference of its own, where
 `minigpt reference` stored one, and is "not comparable" otherwise.
@@ -26,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt import hub
-from minigpt.checkpoint import same_block
-from minigpt.config import OFFICIAL, CheckpointError, GPT2Config
+from minigpt.checkpoint import CONFIG, INDEX, same_block, weight_files
+from minigpt.config import ACTIVATIONS, OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
 from minigpt.model import GPT2, Block, block_name
@@ -46,6 +47,11 @@ LIVE_TOKENS = 64
 REFERENCE_TEXTS, REFERENCE_TOKENS = 2, 32
 QUANTITIES = ("logits", "depths", "final", "loss")
 """What is compared, and with `ids` the tensors of a stored reference; texts of one token have no loss."""
+NO_ARITHMETIC = {
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),  # of training
+    *("bos_token_id", "eos_token_id", "reorder_and_upcast_attn"),  # of generation, and of how scores are rounded
+}
+"""The fields of a config that change no number here."""
 IF_MEANT = (
     "If an edit of this library was meant, put it into a subclass of minigpt.Block, and give that with block= or "
     "--block (README); or run with --no-parity."
@@ -69,6 +75,8 @@ class Certificate:
     versions: dict[str, str] = field(default_factory=dict)
     weights: str = ""
     """The `fingerprint` of the model that was checked: the certificate is about these weights and no others."""
+    also: str = ""
+    """What else the model was compared with, and how that ended, as a sentence."""
 
     @property
     def passed(self) -> bool:
@@ -86,12 +94,13 @@ class Certificate:
 
     def sentence(self) -> str:
         """The outcome in a line."""
+        also = [f"Also {self.also}"] if self.also else []
         if not self.against:
-            return " ".join([f"{self.verdict}.", *self.problems])
+            return " ".join([f"{self.verdict}.", *self.problems, *also])
         worst = max(self.differences.items(), key=lambda item: item[1], default=None)
         figure = f"; largest difference {worst[1]:.1e} ({worst[0]})" if worst else ""
         limit = f", tolerance {self.tolerance:.1e}" if self.tolerance is not None else ""
-        return " ".join([f"{self.verdict} against {self.against}{figure}{limit}.", *self.problems])
+        return " ".join([f"{self.verdict} against {self.against}{figure}{limit}.", *self.problems, *also])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity: a difference that is not finite becomes null."""
@@ -106,23 +115,24 @@ class CheckError(Exception):
 def certify(model: GPT2, live: bool = False) -> Certificate:
     """Compare a model with the first of: a stored reference, published figures, transformers.
 
-    `live` asks for the run of transformers whatever else there is. The model's native parameters must be neutral. The
-    checkpoint is read once more: weights that are not its own fail, and without it nothing is certified. A model of a
-    block of one's own is compared with a reference of its own, or not comparable.
+    `live` asks for the run of transformers on top of the others; where one of two fails, the certificate does. The
+    model's native parameters must be neutral. The checkpoint is read once more: weights that are not its own fail, and
+    without it nothing is certified. A checkpoint of an official name fails where its config is not the official one. A
+    model of a block of one's own is compared with a reference of its own, or not comparable.
 
     Raises ValueError when a native parameter is not neutral, and when `live` is asked for without transformers or of
-    a block that transformers has not.
+    an architecture that transformers has not.
     """
     if changed := not_neutral(model):
         raise ValueError(f"Parity is a claim about the clean model; set {', '.join(changed)} back.")
-    if live and model.block is not Block:
-        raise ValueError(f"A live check asks transformers, which has no counterpart of {block_name(model.block)}.")
+    if live and (name := _own_name(model)):
+        raise ValueError(f"A live check asks transformers, which has no counterpart of {name}.")
     own = fingerprint(model)
     try:
         stored = fingerprint(_again(model, model.dtype)) if model.source else own
-    except CheckpointError as error:  # the folder is gone, or another one now
+        certificate = replace(_compared(model, live), weights=own)
+    except CheckpointError as error:  # the folder is gone, or another one now, or too odd for transformers
         return Certificate("not certified", "", problems=(str(error),), weights=own)
-    certificate = replace(_compared(model, live), weights=own)
     if stored == own:
         return certificate
     where = model.source.directory if model.source else ""
@@ -130,31 +140,58 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
     return replace(certificate, verdict="failed", problems=(*certificate.problems, edited))
 
 
+def _own_name(model: GPT2) -> str | None:
+    """The name of what makes a model another architecture than GPT-2, its block or its class; None for GPT-2."""
+    kind = type(model)
+    return block_name(model.block) if kind is GPT2 else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def _again(model: GPT2, dtype: torch.dtype) -> GPT2:
     """A model as its checkpoint has it; a copy of one that has none."""
     if model.source is None:
         return copy.deepcopy(model).to(dtype)
-    loaded = GPT2.from_pretrained(model.source.directory, dtype=dtype, block=model.block)
+    loaded = type(model).from_pretrained(model.source.directory, dtype=dtype, block=model.block)
     loaded.source = model.source
     return loaded
 
 
 def _compared(model: GPT2, live: bool) -> Certificate:
+    if type(model) is not GPT2:
+        return Certificate("not comparable", "", problems=(_SUBCLASS,), versions=installed("minigpt", "torch"))
     if model.dtype not in TOLERANCES:
         return _in_float32(model, live)
+    known = _against_known(model)
+    if model.block is not Block:
+        return known or _not_comparable(model)
+    if known and not live:
+        return known
+    run = _against_transformers(model, live)
+    if known is None:
+        return run
+    first, second = (run, known) if known.passed else (known, run)
+    return replace(first, also=second.sentence())
+
+
+_SUBCLASS = (
+    "A subclass of GPT2 has no counterpart in transformers, whatever it changes. Put what is different into a subclass "
+    "of minigpt.Block, and give that with block=: then a reference can be stored and held against it."
+)
+
+
+def _against_known(model: GPT2) -> Certificate | None:
+    """What is known of a model without a run of transformers: its reference, or what was published; None without."""
     stored = model.source.directory / REFERENCE if model.source else None
-    if stored and stored.exists() and not live:
+    official = official_name(model) if model.block is Block else None
+    if official and (wrong := _unlike(model.config, official)):
+        return _certificate(f"the published size of {official}", {}, None, wrong)
+    if stored and stored.exists():
         try:
             about = _about(stored)
         except (OSError, ValueError) as error:
             return _broken(stored, error)
         if same_block(about.get("block"), block_name(model.block)):
             return _against_stored(model, stored)
-    if model.block is not Block:
-        return _not_comparable(model)
-    if official_name(model) == "gpt2" and not live:
-        return _against_published(model)
-    return _against_transformers(model, live)
+    return _against_published(model) if official == "gpt2" else None
 
 
 def _about(path: Path) -> dict[str, str]:
@@ -182,13 +219,24 @@ def _in_float32(model: GPT2, live: bool) -> Certificate:
 def official_name(model: GPT2) -> str | None:
     """The short name of the official checkpoint that a model was loaded from, if it was."""
     repository = model.source.repository if model.source else None
-    known = {long: short for short, long in hub.ALIASES.items()}
-    name = known.get(repository or "")
-    same_shape = name is not None and {**asdict(OFFICIAL[name]), **_TOKENS} == {**asdict(model.config), **_TOKENS}
-    return name if same_shape else None
+    return {long: short for short, long in hub.ALIASES.items()}.get(repository or "")
 
 
-_TOKENS = {"bos_token_id": None, "eos_token_id": None}  # not part of a shape
+def _unlike(config: GPT2Config, name: str) -> list[str]:
+    """A sentence for every field in which a config computes something else than the official one of that name."""
+    found, expected = (_arithmetic(of) for of in (config, OFFICIAL[name]))
+    return [
+        f"config.json sets {field} to {shown(value)}; {name} has {shown(expected[field])}: download it again."
+        for field, value in found.items()
+        if value != expected[field]
+    ]
+
+
+def _arithmetic(config: GPT2Config) -> dict[str, Any]:
+    """The fields that change a number, and one value for all that compute the same."""
+    same = (name for name, function in ACTIVATIONS.items() if function is ACTIVATIONS[config.activation_function])
+    alike = asdict(replace(config, n_inner=config.mlp_width, activation_function=next(same)))
+    return {name: value for name, value in alike.items() if name not in NO_ARITHMETIC}
 
 
 @torch.no_grad()
@@ -201,14 +249,19 @@ def run(model: GPT2, ids: Tensor) -> Run:
 
 
 def load_transformers(directory: Path, dtype: torch.dtype) -> Any:
-    """Hugging Face's GPT2LMHeadModel from the same folder, with attention written out, not fused."""
-    upcast = GPT2Config.from_file(directory / "config.json").reorder_and_upcast_attn
+    """Hugging Face's GPT2LMHeadModel with the weights of a folder, with attention written out, not fused.
+
+    It reads the weights itself. Of the folder's other files it sees none, but the config as we have read it: fields
+    that change no number could still change what transformers does, or end it. Raises CheckpointError where it fails.
+    """
+    config, files = GPT2Config.from_file(directory / CONFIG), weight_files(directory)
     # transformers' written-out upcast refuses every type but float32.
-    attention = "sdpa" if upcast and dtype != torch.float32 else "eager"
-    with _quiet_transformers() as transformers:
-        return transformers.GPT2LMHeadModel.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention
-        ).eval()
+    attention = "sdpa" if config.reorder_and_upcast_attn and dtype != torch.float32 else "eager"
+    with tempfile.TemporaryDirectory() as scratch, _quiet_transformers() as transformers:
+        Path(scratch, CONFIG).write_text(json.dumps(config.to_dict()), encoding="utf-8")
+        for file in (*files, *directory.glob(INDEX)):
+            Path(scratch, file.name).symlink_to(file.resolve())
+        return transformers.GPT2LMHeadModel.from_pretrained(scratch, dtype=dtype, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -257,8 +310,8 @@ def digest(model: GPT2) -> str:
 
 
 def fingerprint(model: GPT2) -> str:
-    """sha256 over the block, the shape and every bit of the weights in memory, whatever they were loaded from."""
-    total = hashlib.sha256(f"{block_name(model.block)} {model.config!r}".encode())
+    """sha256 over what the model is made of, its shape and every bit of the weights, whatever they were loaded from."""
+    total = hashlib.sha256(f"{_own_name(model)} {block_name(model.block)} {model.config!r}".encode())
     for name, tensor in sorted(weights(model).items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -349,7 +402,9 @@ def _against_transformers(model: GPT2, required: bool) -> Certificate:
     if length == 1:
         del expected["loss"]
     found = differences(run(model, ids.to(model.device)), expected)
-    return _certificate(f"a live run of transformers {version('transformers')}", found, TOLERANCES[model.dtype], [])
+    both = ", which read the same config.json as minigpt" if model.source else ""
+    against = f"a live run of transformers {version('transformers')}{both}"
+    return _certificate(against, found, TOLERANCES[model.dtype], [])
 
 
 def published_figures() -> dict[str, Any]:
@@ -424,7 +479,7 @@ def installed(*packages: str) -> dict[str, str]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[Any]:
-    """transformers, imported only here, without its progress bars and remarks."""
+    """transformers, imported only here, without its progress bars and remarks; what it raises is a CheckpointError."""
     import transformers  # noqa: PLC0415  slow to import, and an extra
 
     logging = transformers.utils.logging
@@ -433,6 +488,9 @@ def _quiet_transformers() -> Iterator[Any]:
     logging.set_verbosity_error()
     try:
         yield transformers
+    except Exception as error:  # of any kind: it checks a config by several libraries
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise CheckpointError(f"transformers {version('transformers')} cannot run this model ({reason}).") from None
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -450,9 +450,9 @@ def config_that_steers_the_terminal(folder: Path) -> None:
     change_config(folder, model_type="\x1b[31m" + "x" * 10_000)
 
 
-@case("eos_token_id is 50256")
-def config_with_an_end_out_of_the_vocabulary(folder: Path) -> None:
-    change_config(folder, eos_token_id=50256)
+@case("eos_token_id is 1000000")
+def config_with_an_end_beyond_all_bounds(folder: Path) -> None:
+    change_config(folder, eos_token_id=10**300)
 
 
 @case("add_cross_attention is set")

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from minigpt import GPT2, Block, CheckpointError, GPT2Config, scaled
 from minigpt.cache import KeyValueCache
 from minigpt.checkpoint import INDEX, ORIGIN, WEIGHTS
 from minigpt.files import write_atomically
+from minigpt.linear import Linear
+from minigpt.model import MLP
 from minigpt.parameters import Native
 from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
-from tests.conftest import TINY
+from tests.conftest import SMALL, TINY
 
 Tensors = dict[str, Tensor]
 MAPS = Path("/proc/self/maps")
@@ -57,6 +60,22 @@ def test_a_round_trip_through_transformers_is_bit_identical(
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(GPT2.from_pretrained(tmp_path / "theirs", dtype=torch.float64), model)
+
+
+def test_a_small_model_of_transformers_whose_special_tokens_lie_outside_its_vocabulary_loads_and_saves_them(
+    tmp_path: Path, ids: Tensor
+) -> None:
+    """GPT2Config(vocab_size=...) leaves 50256 for both."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 97, "n_positions": 24, "n_embd": 36, "n_head": 3, "n_layer": 2}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT2.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (50256, 50256)
 
 
 def test_float64_weights_never_pass_through_float32(model: GPT2, folder: Path) -> None:
@@ -383,12 +402,18 @@ def test_a_checkpoint_that_names_its_block_is_refused_without_it(
     assert ("tests.blocks:RMSNorm was given" in str(error.value)) == (given is RMSNorm)
 
 
-def test_a_block_whose_module_has_moved_is_the_same_block(
-    small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_block_of_the_same_name_in_another_module_is_taken_and_said_once(
+    small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     small(block=Parallel).save_pretrained(tmp_path)
+    GPT2.from_pretrained(tmp_path, block=Parallel)
+    assert caplog.messages == []
     monkeypatch.setattr(Parallel, "__module__", "elsewhere")
-    assert GPT2.from_pretrained(tmp_path, block=Parallel).block is Parallel
+    for _ in range(2):
+        assert GPT2.from_pretrained(tmp_path, block=Parallel).block is Parallel
+    (said,) = caplog.messages
+    assert f"{tmp_path} was saved with the block tests.blocks:Parallel, and elsewhere:Parallel has its name" in said
+    assert "`minigpt verify` tells" in said
 
 
 @pytest.mark.parametrize(
@@ -518,6 +543,102 @@ def test_weights_with_two_names_are_saved_under_both(small: Callable[..., GPT2],
     loaded = GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=Shared)
     assert torch.equal(loaded(ids), model(ids))
     assert loaded.blocks[1].mlp_norm is loaded.blocks[1].attention_norm
+
+
+class Sharing(Block):
+    """All blocks have one weight between them (as in ALBERT), each under its own name."""
+
+    first: ClassVar[Block]
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        if layer == 0:
+            type(self).first = self
+        else:
+            self.mlp.expand.weight = self.first.mlp.expand.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_parameter_that_blocks_share_is_one_again_when_it_is_loaded(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path, tied: bool
+) -> None:
+    model = small(block=Sharing, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=Sharing)
+    assert torch.equal(loaded(ids), model(ids))
+    assert all(block.mlp.expand.weight is loaded.blocks[0].mlp.expand.weight for block in loaded.blocks)
+    assert (loaded.unembed.weight is loaded.token_embedding.weight) == tied
+    with torch.no_grad():
+        for of in (model, loaded):
+            of.blocks[2].mlp.expand.weight += 1
+    assert torch.equal(loaded(ids), model(ids)), "an edit of one is an edit of all"
+
+
+def test_several_values_for_a_parameter_that_blocks_share_are_refused(
+    small: Callable[..., GPT2], tmp_path: Path, folder: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"one parameter of blocks\.0\.mlp\.expand\.weight and .*several values"):
+        GPT2.from_pretrained(folder, block=Sharing)
+
+
+class Own(MLP):
+    """A gate that its block draws, a layer of GPT-2's that it makes of another class, and a name that means nothing."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.gate = Linear(config.n_embd, config.mlp_width)
+        self.expand = nn.Linear(config.n_embd, config.mlp_width)  # type: ignore[assignment]
+        for layer in (self.gate, self.expand):
+            nn.init.constant_(layer.weight, 0.75)
+            nn.init.constant_(layer.bias, 0.5)
+
+
+class Drawing(Block):
+    """With parameters named as GPT-2's, which are none of them."""
+
+    mlp_class = Own
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.table = nn.Embedding(3, config.n_embd)
+        nn.init.ones_(self.projection.weight)
+        nn.init.ones_(self.table.weight)
+
+
+def test_what_a_block_draws_itself_stays_as_it_has_drawn_it() -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(**SMALL, initializer_range=0.5), Drawing)
+    for block in model.blocks:
+        own = dict(block.named_parameters())
+        for name in ("mlp.gate", "mlp.expand"):
+            assert (own[f"{name}.weight"] == 0.75).all() and (own[f"{name}.bias"] == 0.5).all()
+        assert (own["projection.weight"] == 1).all() and (own["table.weight"] == 1).all()
+
+
+def test_the_layers_of_gpt2_are_drawn_as_radford_et_al_did() -> None:
+    """Deviation initializer_range, divided by sqrt(2 * n_layer) where a layer writes into the stream; biases are 0."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=500, n_positions=200, n_embd=96, n_head=3, n_layer=4, initializer_range=0.5)
+    for block in (Block, Drawing):
+        model = GPT2(config, block)
+        for name, weight in model.named_parameters():
+            if re.search(r"(attention|mlp)\.projection\.weight", name):
+                assert float(weight.detach().std()) == pytest.approx(0.5 / 8**0.5, rel=0.03), name
+            elif re.search(r"embedding\.weight|qkv\.weight|unembed\.weight", name):
+                assert float(weight.detach().std()) == pytest.approx(0.5, rel=0.03), name
+            elif re.search(r"(qkv|attention\.projection|mlp\.projection)\.bias", name):
+                assert not weight.any(), name
+
+
+def test_a_subclass_of_gpt2_is_not_saved_as_gpt2(tmp_path: Path) -> None:
+    class Mine(GPT2):
+        def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+            return -super().forward(ids, cache)
+
+    with pytest.raises(ValueError, match=r"Mine is a subclass of GPT2.*subclass of minigpt\.Block"):
+        Mine(GPT2Config(**SMALL)).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 class Uneven(Block):

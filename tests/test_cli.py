@@ -173,6 +173,8 @@ def test_a_block_of_the_current_folder_is_found_behind_all_that_is_installed(
         (["generate", TINY, "--prompt", "a", "--scale", "blocks.2.attention.head_scale=1,2"], "broadcasts"),
         (["download", TINY, "--to", "elsewhere"], "folder already"),
         (["generate", TINY, "--prompt", "a", "--scale", "blocks.2.output_scale=nan"], "NAME=NUMBER"),
+        (["generate", TINY, "--prompt", "a", "--scale", "blocks.2.output_scale=1e20"], "no longer finite"),
+        (["generate", TINY, "--prompt", "a", "--temperature", 1, "--seed", 2**70], "at most 64 bits"),
         (["verify", TINY, "--device", "meta"], "expected one of cpu"),
         (["generate", TINY, "--prompt", "a", "--top-k", 3], "--temperature 1"),
         (["generate", TINY, "--prompt", "a", *["--scale", "blocks.2.output_scale=2"] * 2], "twice"),

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt import CheckpointError, GPT2Config
+from minigpt import GPT2, CheckpointError, GPT2Config
 from minigpt.config import ACTIVATIONS, OFFICIAL, read_config
+from minigpt.parity import published_figures
 
 
 @pytest.mark.parametrize(
@@ -23,12 +25,21 @@ from minigpt.config import ACTIVATIONS, OFFICIAL, read_config
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon"),
         ({"activation_function": "gelu_newish"}, "gelu_new,"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
-        ({"eos_token_id": 50257}, "eos_token_id"),
+        ({"eos_token_id": -1}, "eos_token_id"),
+        ({"eos_token_id": [50256]}, "eos_token_id"),
+        ({"bos_token_id": "<|endoftext|>"}, "bos_token_id"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_refused_by_name(fields: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         GPT2Config(**fields)
+
+
+def test_a_whole_number_for_a_real_one_is_read_as_that_real_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"layer_norm_epsilon": 1, "initializer_range": 0}')
+    config = GPT2Config.from_file(tmp_path / "config.json")
+    assert config == GPT2Config(layer_norm_epsilon=1.0, initializer_range=0.0)
+    assert (type(config.layer_norm_epsilon), type(config.initializer_range)) == (float, float)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +79,36 @@ def test_writing_and_reading_gives_the_same_config(
         assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict(block)))) == config
 
 
-def test_the_official_sizes_have_the_published_parameter_counts() -> None:
-    def count(config: GPT2Config) -> int:
-        d = config.n_embd
-        return (config.vocab_size + config.n_positions) * d + config.n_layer * (12 * d * d + 13 * d) + 2 * d
+PUBLISHED_SIZES = {
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+    "distilgpt2": (6, 768, 12),
+}
+"""Layers, width and heads. Layers and widths: Radford et al. 2019, table 2; heads: n_head of OpenAI's hparams.json, and
+num_heads in keras-hub's gpt2_presets.py. distilgpt2: its model card on the hub, "12 heads" and "6 layers"."""
+VOCABULARY, CONTEXT = 50257, 1024
+"""Radford et al. 2019, section 2.3: "The vocabulary is expanded to 50,257", "the context size from 512 to 1024"."""
+DISTILGPT2_MILLIONS = 82
+"""Parameters, by its model card."""
 
-    published = json.loads((Path(__file__).parents[1] / "minigpt" / "published_gpt2.json").read_text())
-    for name, config in OFFICIAL.items():
-        assert count(config) == published["parameter_count"].get(name, 81912576)  # distilgpt2 is not listed
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_official_sizes_are_the_published_ones(name: str) -> None:
+    config = OFFICIAL[name]
+    assert (config.n_layer, config.n_embd, config.n_head) == PUBLISHED_SIZES[name]
+    assert (config.vocab_size, config.n_positions) == (VOCABULARY, CONTEXT)
+    assert (config.mlp_width, config.tie_word_embeddings) == (4 * config.n_embd, True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_a_model_of_an_official_size_has_the_published_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = GPT2(OFFICIAL[name])
+    count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)  # a tied one counts once
+    published = published_figures()["parameter_count"]
+    assert count == published[name] if name in published else round(count / 1e6) == DISTILGPT2_MILLIONS
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "\xff", '{"n_layer": 1e9}', '{"a":' * 3000])

@@ -125,6 +125,58 @@ def test_the_end_of_text_ends_the_text(small: Callable[..., GPT2], model: GPT2) 
     assert list(generate(ending, PROMPT, 20)) == endless[: last + 1]
 
 
+def test_an_end_outside_the_vocabulary_ends_nothing_and_is_said_once(
+    small: Callable[..., GPT2], model: GPT2, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = small(tie_word_embeddings=False, eos_token_id=50256, bos_token_id=50256)
+    assert caplog.messages == [], "nothing but a generated text needs it"
+    assert list(generate(odd, PROMPT, 20)) == list(generate(model, PROMPT, 20))
+    assert caplog.messages == [
+        "eos_token_id is 50256, outside the vocabulary of 97 tokens; no token will end the text."
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("factor", [1e20, -1e38])
+def test_numbers_that_are_not_finite_are_a_sentence_and_no_token(
+    small: Callable[..., GPT2], temperature: float, factor: float
+) -> None:
+    """At 1e20 the squares alone overflow, and the norm layers would make finite numbers of them, all wrong."""
+    model = small(tie_word_embeddings=False, dtype=torch.float32)
+    with scaled(model, {"blocks.1.output_scale": factor}):
+        new = generate(model, PROMPT, 5, temperature, seed=0)
+        said = (
+            r"After 3 tokens the squares of the stream at depth 2 are no longer finite under blocks\.1\.output_scale;"
+        )
+        with pytest.raises(ValueError, match=said):
+            next(new)
+
+
+def test_an_overflow_that_comes_later_names_how_many_tokens_were_read(small: Callable[..., GPT2]) -> None:
+    model = small(tie_word_embeddings=False)
+    expected = list(generate(model, PROMPT, 5))
+    with torch.no_grad():
+        model.position_embedding.weight[len(PROMPT) + 2] = torch.inf
+    new = generate(model, PROMPT, 5)
+    assert [next(new) for _ in range(3)] == expected[:3]
+    with pytest.raises(ValueError, match=r"After 6 tokens .* at depth 0 are no longer finite in the clean run"):
+        next(new)
+
+
+def test_an_unembedding_that_overflows_is_not_blamed_on_the_stream(small: Callable[..., GPT2]) -> None:
+    model = small(tie_word_embeddings=False, dtype=torch.float32)
+    with torch.no_grad():
+        model.unembed.weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"the logits are no longer finite in the clean run; take float64\."):
+        next(generate(model, PROMPT, 5))
+
+
+def test_a_temperature_too_small_to_divide_by_takes_the_likeliest_token(model: GPT2) -> None:
+    greedy = list(generate(model, PROMPT, 10))
+    for temperature in (1e-30, 5e-324):
+        assert list(generate(model, PROMPT, 10, temperature, seed=0)) == greedy
+
+
 @pytest.mark.parametrize(
     ("ids", "settings", "said"),
     [
@@ -135,6 +187,7 @@ def test_the_end_of_text_ends_the_text(small: Callable[..., GPT2], model: GPT2) 
         (PROMPT, {"temperature": float("nan")}, "temperature"),
         (PROMPT, {"top_k": 0}, "top_k"),
         (PROMPT, {"top_p": 1.5}, "top_p"),
+        (PROMPT, {"seed": 2**70}, "at most 64 bits"),
     ],
 )
 def test_settings_out_of_range_are_refused(model: GPT2, ids: list[int], settings: dict[str, float], said: str) -> None:

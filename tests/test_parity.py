@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minigpt import GPT2, Block, GPT2Config, generate, parity, scaled
-from minigpt.checkpoint import WEIGHTS, Source
-from minigpt.config import ACTIVATIONS, CheckpointError
+from minigpt.checkpoint import ORIGIN, WEIGHTS, Source
+from minigpt.config import ACTIVATIONS, OFFICIAL, CheckpointError
 from minigpt.model import MLP, SITES
 from minigpt.parameters import natives, parameter_name
 from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
@@ -472,11 +472,166 @@ def test_published_figures_are_of_the_right_shape_and_plausible() -> None:
         assert all(entry["source"] for entry in entries)
 
 
-def test_another_shape_is_not_the_official_model(official_shape: GPT2) -> None:
-    assert parity.official_name(official_shape) == "gpt2"
-    other = GPT2(dataclasses.replace(GPT2Config(), n_layer=1, n_embd=12, vocab_size=10))
-    other.source = official_shape.source
-    assert parity.official_name(other) is None
+OFF: dict[str, tuple[str, dict[str, Any], str]] = {
+    "heads": ("gpt2", {"n_head": 6}, "config.json sets n_head to 6; gpt2 has 12"),
+    "heads of the largest": ("gpt2-xl", {"n_head": 20}, "sets n_head to 20; gpt2-xl has 25"),
+    "activation": ("gpt2", {"activation_function": "gelu"}, "sets activation_function to 'gelu'; gpt2 has 'gelu_new'"),
+    "epsilon": ("distilgpt2", {"layer_norm_epsilon": 1e-6}, "sets layer_norm_epsilon to 1e-06; distilgpt2 has 1e-05"),
+    "scores": ("gpt2-medium", {"scale_attn_weights": False}, "sets scale_attn_weights to False; gpt2-medium has True"),
+    "scores by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx to True; gpt2 has False"),
+    "unembedding": ("gpt2-large", {"tie_word_embeddings": False}, "tie_word_embeddings to False; gpt2-large has True"),
+    "layers": ("gpt2", {"n_layer": 11}, "sets n_layer to 11; gpt2 has 12"),
+    "hidden layer": ("gpt2", {"n_inner": 3000}, "sets n_inner to 3000; gpt2 has 3072"),
+}
+
+
+@pytest.mark.parametrize("case", OFF)
+def test_an_official_name_with_another_config_is_told_which_field_is_wrong(case: str) -> None:
+    name, fields, said = OFF[case]
+    (sentence,) = parity._unlike(dataclasses.replace(OFFICIAL[name], **fields), name)
+    assert said in sentence
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_fields_that_change_no_number_and_other_words_for_the_same_are_as_official(name: str) -> None:
+    fields: dict[str, Any] = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.5,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "reorder_and_upcast_attn": True,
+        "n_inner": 4 * OFFICIAL[name].n_embd,
+        "activation_function": "gelu_pytorch_tanh",
+    }
+    assert parity._unlike(dataclasses.replace(OFFICIAL[name], **fields), name) == []
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_download_of_an_official_name_with_another_config_is_not_certified(
+    small: Callable[..., GPT2], tmp_path: Path, live: bool
+) -> None:
+    """Though a live run reads the same config and agrees; the folder says whose weights it holds."""
+    small(dtype=torch.float32).save_pretrained(tmp_path)
+    assert parity.certify(GPT2.from_pretrained(tmp_path), live=True).passed
+    origin = {"repository": "openai-community/gpt2-xl", "commit": "0" * 40}
+    (tmp_path / ORIGIN).write_text(json.dumps(origin))
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path), live=live)
+    assert certificate.verdict == "failed"
+    assert "sets n_head to 3; gpt2-xl has 25" in certificate.sentence()
+    assert ("Also certified against a live run" in certificate.sentence()) == live
+
+
+# What a live run can see, and what it cannot.
+
+
+def test_a_live_run_says_once_that_both_read_the_same_config(model: GPT2, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    for live in (False, True):
+        sentence = parity.certify(GPT2.from_pretrained(tmp_path), live).sentence()
+        assert sentence.count("which read the same config.json as minigpt") == 1
+    assert "config.json" not in parity.certify(model).sentence(), "a model of no file"
+
+
+@pytest.mark.parametrize("fields", [{"n_head": 6}, {"activation_function": "gelu"}, {"layer_norm_epsilon": 0.1}])
+def test_a_wrong_config_that_a_live_run_shares_fails_the_stored_reference(
+    small: Callable[..., GPT2], tmp_path: Path, fields: dict[str, object]
+) -> None:
+    folder = referenced(tmp_path, small(dtype=torch.float32))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    certificate = parity.certify(GPT2.from_pretrained(folder), live=True)
+    assert certificate.verdict == "failed"
+    assert certificate.against.startswith(parity.REFERENCE)
+    assert certificate.also.startswith("certified against a live run of transformers")
+    (folder / parity.REFERENCE).unlink()
+    assert parity.certify(GPT2.from_pretrained(folder), live=True).passed, "nothing else tells"
+
+
+def test_a_live_run_that_fails_is_not_outweighed_by_a_reference(tiny: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = parity.Certificate("failed", "a live run")
+    monkeypatch.setattr(parity, "_against_transformers", lambda model, required: failed)
+    certificate = parity.certify(tiny, live=True)
+    assert (certificate.verdict, certificate.against) == ("failed", "a live run")
+    assert certificate.also.startswith("certified against reference.safetensors")
+
+
+HARMLESS: dict[str, dict[str, object]] = {
+    "a whole number": {"initializer_range": 1, "layer_norm_epsilon": 1},
+    "words": {"use_cache": "no", "summary_type": 5, "dtype": "float99", "torch_dtype": []},
+    "other types": {"id2label": 3, "rope_parameters": 1, "attribute_map": {}, "architectures": 7},
+    "what transformers would act upon": {"transformers_weights": "other.safetensors", "auto_map": {"AutoModel": "x.y"}},
+    "properties": {"name_or_path": 5, "use_return_dict": 1, "hidden_size": "wide", "num_labels": -1},
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_fields_that_change_no_number_do_not_disturb_a_live_run(
+    small: Callable[..., GPT2], tmp_path: Path, case: str
+) -> None:
+    small().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **HARMLESS[case]}))
+    (tmp_path / "generation_config.json").write_text("[1")
+    (tmp_path / "adapter_config.json").write_text("[1")
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path, dtype=torch.float64), live=True)
+    assert certificate.passed, certificate.sentence()
+    parity.save_reference(tmp_path, torch.arange(9)[None])
+    assert parity.certify(GPT2.from_pretrained(tmp_path)).passed
+
+
+def test_transformers_reads_the_weights_itself_also_from_shards(model: GPT2, tmp_path: Path) -> None:
+    theirs = twin(model, tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    loaded = parity.load_transformers(tmp_path / "shards", torch.float64)
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight)
+    assert torch.equal(loaded.transformer.wte.weight, model.token_embedding.weight)
+
+
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, AssertionError])
+def test_whatever_transformers_raises_is_a_sentence(
+    small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("first line\nsecond")
+
+    small().save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", fail)
+    certificate = parity.certify(GPT2.from_pretrained(tmp_path), live=True)
+    assert certificate.verdict == "not certified"
+    assert f"cannot run this model ({kind.__name__}: first line)." in certificate.sentence()
+    with pytest.raises(CheckpointError, match="cannot run this model"):
+        parity.save_reference(tmp_path, torch.arange(9)[None])
+
+
+# A subclass of the whole model.
+
+
+class Doubled(GPT2):
+    """Another model, though its block, its shape and its weights are GPT-2's."""
+
+    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
+        return 2 * super().forward(ids, cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_of_gpt2_is_not_certified_as_gpt2(tiny: GPT2, dtype: torch.dtype) -> None:
+    model = Doubled.from_pretrained(TINY, dtype=dtype)
+    certificate = parity.certify(model)
+    assert certificate.verdict == "not comparable"
+    assert "Put what is different into a subclass of minigpt.Block" in certificate.sentence()
+    assert certificate.holds_for(model)
+    assert not parity.certify(tiny).holds_for(model), "the certificate of a GPT2 is of no subclass"
+    with pytest.raises(ValueError, match=r"no counterpart of .*:Doubled"):
+        parity.certify(model, live=True)
+    with torch.no_grad():
+        model.blocks[0].mlp.expand.bias[0] += 1
+    assert parity.certify(model).verdict == "failed"
 
 
 # The certificate is bound to the weights in memory.
