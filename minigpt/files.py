@@ -243,6 +243,12 @@ def _mark(path: Path) -> str:
     return f".{path.name}.writing-{socket.gethostname()}-"
 
 
+def written_in(name: str) -> str | None:
+    """The name of the file that was being written, where this is the name of a temporary folder of ours."""
+    found = re.fullmatch(r"\.(.+)\.writing-.+-\d+-[a-z0-9_]+", name)
+    return found and found[1]
+
+
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of a path whose process is gone."""
     mark = _mark(path)

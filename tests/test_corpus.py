@@ -4,24 +4,42 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 from experiments.divergence import study as divergence
 from experiments.harness import experiment as harness
-from experiments.harness.corpus import SHARD_WINDOWS, STATISTICS, Shards, Texts, batched, read_texts, summarise
+from experiments.harness.corpus import (
+    SHARD_WINDOWS,
+    STATISTICS,
+    Shards,
+    Survey,
+    Texts,
+    batched,
+    digest_of,
+    digest_of_numbers,
+    read_texts,
+    remove_windows,
+    summarise,
+)
 from experiments.harness.experiment import SHORTEST
 from minigpt import GPT2, Tokenizer, sweep
+from minigpt.files import open_tensors, write_tensors
 from tests.conftest import ROOT, TINY
+from tests.fuzzing import Corpus, contents, letters
 from tests.test_study import run_main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -121,7 +139,7 @@ def test_windows_are_the_texts_cut_and_short_pieces_are_counted(tokenizer: Token
     expected = [ids[start : start + 16] for ids in encoded for start in range(0, len(ids), 16)]
     windows = list(texts.windows(tokenizer))
     assert windows == [piece for piece in expected if len(piece) > 1]
-    counts = texts.count(tokenizer)
+    counts = texts.survey(tokenizer).counts
     short = sum(len(piece) < 2 for piece in expected) + 1  # and the empty text
     assert counts == {
         "texts": 262,
@@ -133,7 +151,7 @@ def test_windows_are_the_texts_cut_and_short_pieces_are_counted(tokenizer: Token
     for limit in (1, 20, 10_000):
         few = Texts.of(corpus, "text", 16, limit)
         assert list(few.windows(tokenizer)) == windows[:limit]
-        assert few.count(tokenizer)["windows"] == len(windows[:limit])
+        assert few.survey(tokenizer).counts["windows"] == len(windows[:limit])
     assert [len(shard) for shard in batched(iter(windows))][:-1] == [SHARD_WINDOWS] * (len(windows) // SHARD_WINDOWS)
 
 
@@ -161,34 +179,49 @@ def test_the_bootstrap_is_reproducible_and_one_window_is_no_error() -> None:
     assert np.isnan(one["mean"][1])
 
 
+def made_up(count: int) -> tuple[Survey, list[list[list[int]]]]:
+    """So many windows of two tokens, and the same shard by shard."""
+    windows = [[number, number + 1] for number in range(count)]
+    shards = list(batched(iter(windows)))
+    return Survey({"windows": count}, [digest_of(shard) for shard in shards]), shards
+
+
 def test_columns_combined_in_groups_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = Shards(tmp_path / "windows", {"a": 1})
-    assert shards.open(overwrite=False) == []
+    shards, (survey, windows) = Shards(tmp_path / "windows", {"a": 1}), made_up(37)
+    assert shards.open(survey, overwrite=False) == []
     generator = torch.Generator().manual_seed(0)
-    for number, count in enumerate((16, 16, 5)):
-        shards.write(number, {"x": torch.randn(count, 2, 90, generator=generator, dtype=torch.float64)})
-    assert shards.open(overwrite=False) == [0, 1, 2]
-    whole = shards.combine(37)["x"]
+    for number, of in enumerate(windows):
+        shards.write(number, of, {"x": torch.randn(len(of), 2, 90, generator=generator, dtype=torch.float64)})
+    assert shards.open(survey, overwrite=False) == [0, 1, 2]
+    whole = shards.combine(survey)["x"]
     monkeypatch.setattr("experiments.harness.corpus.MOST_NUMBERS", 1)
-    for statistic, values in shards.combine(37)["x"].items():
+    for statistic, values in shards.combine(survey)["x"].items():
         torch.testing.assert_close(values, whole[statistic], rtol=1e-12, atol=1e-12)
     assert whole["mean"].shape == (2, 90)
 
 
-def test_combining_holds_no_more_for_more_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.harness.corpus.MOST_NUMBERS", 2**12)
+@pytest.mark.parametrize("count", [4, 80])
+def test_combining_holds_no_more_for_more_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    most, held = 2**12, list[int]()
+    monkeypatch.setattr("experiments.harness.corpus.MOST_NUMBERS", most)
     monkeypatch.setattr("experiments.harness.corpus.FEWEST_COLUMNS", 1)
-    peaks = []
-    for count in (4, 80):
-        shards = Shards(tmp_path / str(count), {"a": 1})
-        shards.open(overwrite=False)
-        for number in range(count):
-            shards.write(number, {"x": torch.ones(SHARD_WINDOWS, 400)})
-        tracemalloc.start()  # NumPy's arrays are counted
-        shards.combine(count * SHARD_WINDOWS)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 2 * peaks[0]  # twenty times the windows; 4 MB in all
+    monkeypatch.setattr("experiments.harness.corpus.RESAMPLES", 10)
+
+    def watched(shards: list[np.ndarray]) -> np.ndarray:
+        arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+        held.append(sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([arrays]).traces))
+        return summarise(shards)
+
+    monkeypatch.setattr("experiments.harness.corpus.summarise", watched)
+    shards, (survey, windows) = Shards(tmp_path, {"a": 1}), made_up(count * SHARD_WINDOWS)
+    shards.open(survey, overwrite=False)
+    for number, of in enumerate(windows):
+        shards.write(number, of, {"x": torch.ones(SHARD_WINDOWS, 100)})
+    tracemalloc.start()
+    shards.combine(survey)
+    tracemalloc.stop()
+    assert len(held) > 1
+    assert max(held) < 3 * 8 * most  # bytes: a group of columns, and the statistics; all of the 80 shards are 1 MB
 
 
 def rows_of(folder: Path, **wanted: object) -> list[dict[str, str]]:
@@ -223,7 +256,7 @@ def test_the_table_holds_means_over_windows_of_what_each_window_gives_alone(
 
 def test_the_summary_says_which_texts_ran(expected: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     summary = json.loads((expected / "summary.json").read_text())
-    assert summary["corpus"] == Texts.of(corpus, "text", 16, None, SHORTEST).count(tokenizer)
+    assert summary["corpus"] == Texts.of(corpus, "text", 16, None, SHORTEST).survey(tokenizer).counts
     assert summary["settings"]["texts"]["path"] == str(corpus)
     assert len(summary["settings"]["texts"]["sha256"]) == 64
     assert summary["settings"]["threads"] == 1
@@ -348,7 +381,8 @@ def test_windows_of_other_settings_are_refused_unless_overwritten(run: Run, corp
         ("--texts", corpus, "--window", "16", "--factors", "0.7", "--no-parity", "--no-predictions"),
     )
     assert run("--texts", corpus, *GRID, "--limit", "20", "--output", folder)[0] == 0
-    (folder / "summary.json").unlink()  # as if it had been killed at the end
+    for name in ("summary.json", "divergence.csv"):  # as if it had been killed at the end
+        (folder / name).unlink()
     code, _, err = run(*other, "--limit", "20", "--output", folder)
     assert (code, "other settings (factors)" in err, err.count("\n")) == (2, True, 1)
     assert run(*other, "--limit", "20", "--output", folder, "--overwrite")[0] == 0
@@ -363,19 +397,35 @@ def test_a_prompt_does_not_touch_a_corpus_run_that_was_killed(
     folder = tmp_path / "out"
     if summary:
         assert run("--factors", "0.5", "--output", folder)[0] == 0
-    Shards(folder / "windows", {"a": 1}).open(overwrite=False)
+    Shards(folder / "windows", {"a": 1}).open(made_up(1)[0], overwrite=False)
     code, _, err = run("--factors", "0.5", "--output", folder)
     assert (code, err.count("\n")) == (2, 1)
     assert (folder / "windows" / "settings.json").exists()
 
 
-def test_what_a_kill_leaves_in_the_windows_folder_is_no_obstacle(tmp_path: Path) -> None:
-    folder = tmp_path / "windows"
-    folder.mkdir()
-    (folder / ".settings.json.x.json").write_text("half")
-    (folder / ".0000003.safetensors.x.safetensors").write_bytes(b"half")
-    assert Shards(folder, {"a": 1}).open(overwrite=False) == []
-    assert {path.name for path in folder.iterdir()} == {"settings.json"}
+def test_what_a_kill_leaves_in_the_windows_folder_goes_and_what_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    """Also what is hidden: not every name with a dot is ours."""
+    folder, (survey, _), left = tmp_path / "windows", made_up(1), list[Path]()
+
+    def stop(_: dict[str, torch.Tensor], file: Path, __: dict[str, str]) -> None:
+        file.write_bytes(b"half")
+        left.append(Path(shutil.copytree(file.parent, tmp_path / file.parent.name)))
+
+    shards = Shards(folder, {"a": 1})
+    assert shards.open(survey, overwrite=False) == []
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ValueError):
+        patch.setattr("minigpt.files.save_file", stop)
+        shards.write(0, [[0, 1]], {"x": torch.ones(1, 2)})
+    for number, leftover in enumerate(left):
+        shutil.move(leftover, folder / leftover.name.replace(f"-{os.getpid()}-", f"-{2**22 + number}-"))
+    mine = {".gitignore", ".0000000.safetensors.swp", ".notes", "0000000.safetensors.bak", "1.safetensors"}
+    for name in mine:
+        (folder / name).write_text("mine")
+    shutil.rmtree(shards.path(0), ignore_errors=True)
+    shards.path(0).unlink(missing_ok=True)
+    assert left and len(list(folder.iterdir())) == len(mine) + 2
+    assert shards.open(survey, overwrite=False) == []
+    assert {path.name for path in folder.iterdir()} == {"settings.json", *mine}
 
 
 def test_a_mistake_under_torchrun_is_said_once_and_ends_all_ranks(corpus: Path, tmp_path: Path) -> None:
@@ -395,12 +445,258 @@ def test_a_prompt_replaces_a_corpus_run_with_all_its_windows(run: Run, corpus: P
     assert not (folder / "windows").exists()
 
 
-def test_a_broken_shard_is_a_sentence(run: Run, corpus: Path, tmp_path: Path) -> None:
-    arguments = ("--texts", corpus, *GRID, "--limit", "20", "--output", tmp_path / "out")
-    assert run(*arguments)[0] == 0
-    (tmp_path / "out" / "windows" / "0000001.safetensors").write_bytes(b"torn")
-    code, _, err = run(*arguments)
-    assert (code, "0000001.safetensors cannot be read" in err, err.count("\n")) == (2, True, 1)
+# What lies there already is believed where it is what was written, and not otherwise.
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Forty windows, measured; some of their numbers are rightly undefined."""
+    run = Corpus(tmp_path_factory.mktemp("small"))
+    undefined = load_file(run.output / "windows" / "0000001.safetensors")["even length"].isnan()
+    assert undefined.any() and not undefined.all()
+    return run
+
+
+@pytest.fixture
+def killed(small_run: Corpus) -> Iterator[Corpus]:
+    """The same, as if it had been killed before its results were there."""
+    for name in ("summary.json", "tiny.csv"):
+        (small_run.output / name).unlink()
+    yield small_run
+    small_run.restore()
+
+
+SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "five of sixteen windows": lambda values: values[:5],
+    "no window": lambda values: values[:0],
+    "windows twice": lambda values: torch.cat([values, values]),
+    "truth values": lambda values: values.bool(),
+    "whole numbers": lambda values: values.long(),
+    "half the digits": lambda values: values.float(),
+    "ten times as much": lambda values: values * 10,
+    "one undefined": lambda values: values.index_fill(0, torch.tensor(3), torch.nan),
+    "more columns": lambda values: torch.cat([values, values], 1),
+    "fewer columns": lambda values: values[:, 1:],
+    "another order": lambda values: values.flip(0),
+    "one axis": lambda values: values.flatten(),
+    "no axis": lambda values: values.sum(),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_shard_that_is_not_what_was_written_is_named_and_measured_again(
+    killed: Corpus, case: str, number: int
+) -> None:
+    path = killed.output / "windows" / f"000000{number}.safetensors"
+    with open_tensors(path) as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, "change": SPOILT[case](tensors["change"]).contiguous()}, path, about)
+    assert path.read_bytes() != killed.whole[f"windows/{path.name}"]
+    said = check_measured_again(killed)
+    assert said.startswith(f"Warning: {path} is not what this run wrote there (its digest is another).")
+    assert said.endswith(" Its windows are measured again.\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "case", ["torn", "empty", "another shard's", "other windows", "other metadata", "without a digest"]
+)
+def test_a_shard_that_says_something_else_is_named_and_measured_again(killed: Corpus, case: str) -> None:
+    path, whole = killed.output / "windows" / "0000001.safetensors", killed.whole
+    with open_tensors(path) as file:
+        about = json.loads(file.metadata()["shard"])
+    content = {"torn": path.read_bytes()[:-8], "empty": b"", "another shard's": whole["windows/0000000.safetensors"]}
+    others = {
+        "other windows": {**about, "windows": [0, 15]},
+        "other metadata": {**about, "shapes": {**about["shapes"], "change": [1]}},
+        "without a digest": {name: value for name, value in about.items() if name != "digest"},
+    }
+    if case in content:
+        path.write_bytes(content[case])
+    else:
+        save_file(load_file(path), path, {"shard": json.dumps(others[case])})
+    said = check_measured_again(killed)
+    assert said.startswith(f"Warning: {path} is not what this run wrote there (")
+    assert said.count("\n") == 1
+
+
+def check_measured_again(run: Corpus) -> str:
+    """The same command ends with the numbers of an undisturbed run, byte for byte; returns what it said."""
+    code, said = run.run()
+    assert code == 0
+    assert_same(contents(run.output), run.whole)
+    return said
+
+
+def assert_same(there: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """Name by name: a comparison of all bytes that fails takes minutes to be shown."""
+    assert sorted(there) == sorted(expected)
+    assert [name for name in expected if there[name] != expected[name]] == []
+
+
+def test_a_shard_that_was_spoilt_while_the_run_went_on_is_a_sentence(tmp_path: Path) -> None:
+    shards, (survey, windows) = Shards(tmp_path / "windows", {"a": 1}), made_up(40)
+    shards.open(survey, overwrite=False)
+    for number, of in enumerate(windows):
+        shards.write(number, of, {"x": torch.ones(len(of), 2)})
+    shards.combine(survey)
+    shards.path(1).write_bytes(shards.path(0).read_bytes())
+    with pytest.raises(ValueError, match=r"0000001.safetensors is not what this run wrote there \(it holds other win"):
+        shards.combine(survey)
+
+
+def test_windows_that_are_missing_are_not_counted(tmp_path: Path) -> None:
+    """Not even where a shard's digest fits: its writer may be wrong."""
+    shards, (survey, windows) = Shards(tmp_path / "windows", {"a": 1}), made_up(37)
+    shards.open(survey, overwrite=False)
+    for number, of in enumerate(windows):
+        shards.write(number, of, {"x": torch.ones(len(of), 2)})
+    with open_tensors(shards.path(1)) as file:
+        about = json.loads(file.metadata()["shard"])
+    del about["digest"]
+    short = {"x": torch.ones(5, 2)}
+    write_tensors(shards.path(1), short, {"shard": json.dumps({**about, "digest": digest_of_numbers(about, short)})})
+    with pytest.raises(ValueError, match="holds 26 windows of 'x'; the texts have 37"):
+        shards.combine(survey)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [((5, 2), "'x' has 5 rows of 16 windows"), ((16, 3), r"shapes \{'x': \[3\]\}, and the first")]
+)
+def test_tables_that_do_not_fit_the_windows_or_each_other_are_a_sentence(
+    tmp_path: Path, shape: tuple[int, int], said: str
+) -> None:
+    shards, (survey, windows) = Shards(tmp_path / "windows", {"a": 1}), made_up(32)
+    shards.open(survey, overwrite=False)
+    shards.write(0, windows[0], {"x": torch.ones(16, 2)})
+    with pytest.raises(ValueError, match=said):
+        shards.write(1, windows[1], {"x": torch.ones(shape)})
+        shards.combine(survey)
+
+
+# What decides the numbers.
+
+
+def other_letters() -> Tokenizer:
+    """A tokenizer that reads every text as the same number of other ids."""
+    parsed = json.loads(letters().backend.to_str())
+    vocab = parsed["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parsed)))
+
+
+def test_windows_of_another_tokenizer_are_not_taken_up(killed: Corpus) -> None:
+    (killed.output / "windows" / "0000001.safetensors").unlink()
+    before = contents(killed.output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(killed, "tokenizer", other_letters())
+        code, said = killed.run()
+        assert (code, "run with other settings (token_ids)" in said) == (2, True)
+        assert_same(contents(killed.output), before)
+        assert killed.run(overwrite=True) == (0, "")
+        others = contents(killed.output)
+    assert killed.run(overwrite=True) == (0, "")
+    assert_same(contents(killed.output), killed.whole)
+    assert others["tiny.csv"] != killed.whole["tiny.csv"]
+
+
+def without_onednn(patch: pytest.MonkeyPatch, run: Corpus) -> None:
+    patch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
+def with_rougher_products(patch: pytest.MonkeyPatch, run: Corpus) -> None:
+    patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+
+
+def with_a_hook(patch: pytest.MonkeyPatch, run: Corpus) -> None:
+    patch.setattr(run.model.blocks[1], "_forward_hooks", OrderedDict({0: lambda _, __, out: out * 1.5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without_onednn, "other settings (arithmetic)"),
+        (with_rougher_products, "other settings (arithmetic)"),
+        (with_a_hook, "the first ones now come out otherwise"),
+    ],
+)
+def test_windows_that_would_now_come_out_otherwise_are_not_taken_up(
+    killed: Corpus, change: Callable[[pytest.MonkeyPatch, Corpus], None], named: str
+) -> None:
+    before = contents(killed.output)
+    with pytest.MonkeyPatch.context() as patch:
+        change(patch, killed)
+        code, said = killed.run()
+    assert (code, named in said, said.count("\n")) == (2, True, 1)
+    assert_same(contents(killed.output), before)
+
+
+def test_a_rank_that_would_compute_something_else_is_refused(tmp_path: Path) -> None:
+    survey, _ = made_up(1)
+    first = Shards(tmp_path / "windows", {"processor": "one", "threads": 1, "token_ids": survey.token_ids})
+    first.open(survey, overwrite=False)
+    alike = Shards(first.folder, {"processor": "one", "threads": 1}).joined()
+    assert alike.fingerprint == first.fingerprint
+    with pytest.raises(ValueError, match=r"differs from the first one \(processor\)"):
+        Shards(first.folder, {"processor": "another", "threads": 1}).joined()
+
+
+# Whose files are whose.
+
+
+def test_windows_behind_a_link_are_neither_deleted_nor_written(killed: Corpus) -> None:
+    folder = killed.output.parent / "theirs"
+    shutil.move(killed.output / "windows", folder)
+    (folder / ".hidden").write_text("mine")
+    (killed.output / "windows").symlink_to(folder)
+    before = contents(folder)
+    for overwrite in (False, True):
+        code, said = killed.run(overwrite)
+        assert (code, f"{killed.output / 'windows'} is a link" in said, said.count("\n")) == (2, True, 1)
+        assert_same(contents(folder), before)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "tiny.csv", ".lock", "windows/settings.json", "windows/0000001.safetensors"]
+)
+def test_no_link_in_the_output_folder_is_followed_or_replaced(killed: Corpus, name: str, overwrite: bool) -> None:
+    """Not even where what it leads to would be right."""
+    path, target = killed.output / name, killed.output.parent / "theirs"
+    target.write_bytes(path.read_bytes() if path.exists() else b"")
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    before = target.read_bytes()
+    code, said = killed.run(overwrite)
+    assert (code, f"{path} is a link" in said, said.count("\n")) == (2, True, 1)
+    assert path.is_symlink() and target.read_bytes() == before
+    target.unlink()
+
+
+def test_overwriting_a_run_leaves_what_it_did_not_write(killed: Corpus) -> None:
+    """Also under names that look like a run's."""
+    names = ("notes.txt", "tiny_mine.png", "windows/notes.txt", "windows/.gitignore", "windows/7.safetensors")
+    for name in names:
+        (killed.output / name).write_text("mine")
+    described = killed.output / "windows" / "settings.json"
+    described.write_text(described.read_text().replace('"dtype": "float32"', '"dtype": "float64"'))
+    assert killed.run()[0] == 2
+    assert killed.run(overwrite=True) == (0, "")
+    assert all((killed.output / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize("settings", [None, "{}", "[", '{"editor.fontSize": 12}', '{"windows_of_a_run": 3}'])
+def test_a_folder_of_shards_that_no_run_has_described_is_left_alone(tmp_path: Path, settings: str | None) -> None:
+    (tmp_path / "0000000.safetensors").write_bytes(b"mine")
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"no settings\.json that a run has written; move that away"):
+        Shards(tmp_path, {"a": 1}).open(made_up(1)[0], overwrite=True)
+    remove_windows(tmp_path)
+    assert contents(tmp_path) == before
 
 
 PEAK = """

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any
 
 import pytest
@@ -140,3 +140,58 @@ def test_weights_do_not_count(model: GPT2) -> None:
     with torch.no_grad():
         model.final_norm.weight += 1
     assert code_digest(STUDY, model) == before
+
+
+HELPER = "SIZE = 2\ndef double(x): return SIZE * x\ndef other(x): return x\n"
+BLOCK = (
+    "from minigpt.model import Block\nimport torch\nfrom torch import nn\nfrom functools import partial\n"
+    "{imports}\nclass Own(Block):\n    temperature = 0.7\n    norm = nn.LayerNorm\n"
+    "    def forward(self, x, cache=None):\n        return super().forward(x) * {call}(1) * LIMIT + DIRECTION[0]\n"
+    "LIMIT = 3\nUNUSED = 4\nDIRECTION = torch.ones(2)\n"
+)
+CHANGES: dict[str, tuple[str, bool]] = {
+    "nothing": ("pass", False),
+    "a number of the class": ("Own.temperature = 0.8", True),
+    "a part of the class": ("Own.norm = nn.RMSNorm", True),
+    "a part with an argument": ("Own.norm = partial(nn.LayerNorm, eps=0.5)", True),
+    "a global number": ("globals().update(LIMIT=5)", True),
+    "a global direction": ("DIRECTION[1] = 2", True),
+    "a global that nothing names": ("globals().update(UNUSED=5)", False),
+    "what a function of another module does": ("helper.double.__code__ = (lambda x: 5 * x).__code__", True),
+    "a number that it names": ("helper.SIZE = 3", True),
+    "a function that nothing calls": ("helper.other.__code__ = (lambda x: 5 * x).__code__", False),
+    "a base class": ("Own.__bases__[0].extra = 3", True),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize(
+    ("imports", "call"),
+    [("import helper_of_mine as helper", "helper.double"), ("from helper_of_mine import double", "double")],
+)
+def test_what_a_notebooks_class_names_counts_and_nothing_else(
+    model: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, imports: str, call: str
+) -> None:
+    """Defined in a module without a file, as `__main__` of a notebook is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helper_of_mine.py").write_text(HELPER)
+    monkeypatch.delitem(sys.modules, "helper_of_mine", raising=False)
+    notebook = ModuleType("notebook_of_mine")
+    monkeypatch.setitem(sys.modules, notebook.__name__, notebook)
+    exec(BLOCK.format(imports=imports, call=call), vars(notebook))
+    monkeypatch.setattr(Block, "extra", 2, raising=False)
+    vars(notebook)["helper"] = sys.modules["helper_of_mine"]
+    model.blocks[0].__class__ = vars(notebook)["Own"]
+    before = code_digest(STUDY, model)
+    assert code_digest(STUDY, model) == before
+    change, counts = CHANGES[case]
+    exec(change, vars(notebook))
+    assert (code_digest(STUDY, model) != before) == counts
+
+
+def test_a_number_of_one_module_counts(model: GPT2) -> None:
+    found = {code_digest(STUDY, model)}
+    for temperature in (0.5, 0.6):
+        model.blocks[1].temperature = temperature  # type: ignore[assignment]
+        found.add(code_digest(STUDY, model))
+    assert len(found) == 3

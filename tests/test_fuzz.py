@@ -1,15 +1,19 @@
 """Random bytes in the place of strangers' files: a fixed number, from a fixed seed. `make fuzz` tries far more."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.harness.corpus import Shards, Survey
 from minigpt import GPT2, Block
+from minigpt.files import open_tensors
 from tests.blocks import Rotary
-from tests.fuzzing import CRASHES, TARGETS, Loader, Texts, WrongError
+from tests.fuzzing import CRASHES, TARGETS, Loader, Resume, Texts, WrongError
 
 FIXED = settings(
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -34,6 +38,12 @@ def loader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     """The readers of texts."""
     return Texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def resume(tmp_path_factory: pytest.TempPathFactory) -> Resume:
+    """A finished corpus run, to be damaged."""
+    return Resume(tmp_path_factory.mktemp("resume"))
 
 
 @FIXED
@@ -80,6 +90,54 @@ def test_an_index_of_any_content_is_loaded_or_refused(loader: Loader, content: o
 )
 def test_texts_of_any_bytes_are_read_or_refused(texts: Texts, kind: int, content: bytes) -> None:
     texts(bytes([kind]) + content)
+
+
+def test_a_damaged_output_folder_gives_the_right_numbers_or_a_sentence(resume: Resume) -> None:
+    """Every damage to every file once."""
+    ends = [resume(seed) for seed in resume.seeds()]
+    assert resume(b"\0") and resume(b"\1")
+    assert 0.2 < sum(ends) / len(ends) < 0.9
+
+
+@settings(FIXED, max_examples=40)
+@given(st.binary(min_size=4, max_size=10))
+def test_an_output_folder_with_several_damages_gives_the_right_numbers_or_a_sentence(
+    resume: Resume, damages: bytes
+) -> None:
+    resume(damages)
+
+
+def believe(shards: Shards, number: int, survey: Survey) -> dict[str, list[int]]:
+    with open_tensors(shards.path(number)) as file:
+        return json.loads(file.metadata()["shard"])["shapes"]
+
+
+def follow(path: Path, folder: bool = False) -> None:
+    pass
+
+
+def remove_what_is_hidden(folder: Path) -> None:
+    for path in folder.glob(".*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "sabotage"),
+    [
+        ("experiments.harness.corpus.Shards._shapes", believe),
+        ("experiments.harness.corpus.check_kind", follow),
+        ("experiments.harness.corpus._remove_leftovers", remove_what_is_hidden),
+    ],
+)
+def test_a_run_that_believes_or_removes_too_much_is_found(
+    resume: Resume, monkeypatch: pytest.MonkeyPatch, name: str, sabotage: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(name, sabotage)
+    if sabotage is follow:
+        monkeypatch.setattr("experiments.harness.output.check_kind", follow)
+    with pytest.raises(WrongError):
+        for seed in resume.seeds():
+            resume(seed)
 
 
 def test_whole_files_are_taken(loader: Loader, texts: Texts) -> None:

@@ -237,7 +237,7 @@ def write_in_place() -> None:
                 sys.audit("tests.wrote", str(path))
 
     @contextmanager
-    def results_in_place(folder: Path, _: object) -> Iterator[Path]:
+    def results_in_place(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from experiments.divergence import study as divergence
 from experiments.divergence.study import Divergence, GridSettings
 from experiments.harness import command, experiment
-from experiments.harness.corpus import Shards, Texts
+from experiments.harness.corpus import Shards, Survey, Texts, digest_of
 from experiments.harness.ranks import Ranks
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
 from minigpt.files import MODE, open_tensors, printable, shown, write_atomically
@@ -181,12 +181,13 @@ def test_a_hostile_result_file_is_a_sentence(
 @pytest.mark.parametrize("shape", [[10**12], [2, 3, 10**9], [], "x", [-1]])
 def test_a_shard_that_claims_another_shape_is_a_sentence(tmp_path: Path, shape: object) -> None:
     """With the right settings: their hash is no secret."""
-    shards = Shards(tmp_path, {"a": 1})
-    shards.write(0, {"value": torch.zeros(2, 2, 3, dtype=torch.float64)})
-    about = {"shard": json.dumps({"settings": shards.fingerprint, "shapes": {"value": shape}})}
-    save_file(load_file(shards.path(0)), shards.path(0), about)
-    with pytest.raises(ValueError, match="cannot be read"):
-        shards.combine(1)
+    shards, windows = Shards(tmp_path, {"a": 1}), [[1, 2], [3, 4]]
+    shards.write(0, windows, {"value": torch.zeros(2, 2, 3, dtype=torch.float64)})
+    with open_tensors(shards.path(0)) as file:
+        about = json.loads(file.metadata()["shard"])
+    save_file(load_file(shards.path(0)), shards.path(0), {"shard": json.dumps({**about, "shapes": {"value": shape}})})
+    with pytest.raises(ValueError, match="is not what this run wrote there"):
+        shards.combine(Survey({"windows": 2}, [digest_of(windows)]))
 
 
 # Files that are written.

@@ -18,7 +18,6 @@ import typer.main
 from experiments.harness.digest import code_digest
 from experiments.harness.experiment import (
     REPORT,
-    WINDOWS,
     Experiment,
     Raw,
     Start,
@@ -29,7 +28,7 @@ from experiments.harness.experiment import (
     write,
 )
 from experiments.harness.options import Options
-from experiments.harness.output import claimed
+from experiments.harness.output import WINDOWS, claimed
 from experiments.harness.ranks import Ranks, joined_ranks, rank_device
 from minigpt import GPT2, Tokenizer, cli
 

@@ -13,26 +13,28 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.harness.output import check_kind
 from experiments.harness.ranks import Ranks
 from minigpt import Tokenizer
-from minigpt.files import open_tensors, read_json, write_tensors, write_text
+from minigpt.files import open_tensors, printable, read_json, write_tensors, write_text, written_in
 
 COUNTS = ("texts", "windows", "tokens", "skipped")
-"""What `Texts.count` counts."""
+"""What a `Survey` counts."""
 SHARD_WINDOWS = 16
 """Windows that are measured and written together."""
 RESAMPLES, SEED = 1000, 0
@@ -84,10 +86,20 @@ class Texts:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(str(path), digest, column, window, limit, shortest)
 
-    def windows(self, tokenizer: Tokenizer) -> Iterator[list[int]]:
-        """Token ids of every window, one text after the other."""
-        kept = (piece for pieces in self._pieces(tokenizer) for piece in pieces if len(piece) >= self.shortest)
-        return itertools.islice(kept, self.limit)
+    def windows(self, tokenizer: Tokenizer, counts: dict[str, int] | None = None) -> Iterator[list[int]]:
+        """Token ids of every window, one text after the other; `counts` grows by what was met, see `Survey`."""
+        counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
+        for pieces in self._pieces(tokenizer):
+            counts["texts"] += 1
+            for piece in pieces:
+                if len(piece) < self.shortest:
+                    counts["skipped"] += 1
+                    continue
+                counts["windows"] += 1
+                counts["tokens"] += len(piece)
+                yield piece
+                if counts["windows"] == self.limit:
+                    return
 
     def first_windows(self, tokenizer: Tokenizer, count: int) -> list[list[int]]:
         """The first few windows. Raises ValueError when there is none."""
@@ -96,21 +108,10 @@ class Texts:
             raise ValueError(f"--texts {self.path}: no text has {self.shortest} tokens or more.")
         return found
 
-    def count(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """How many texts, windows and tokens there are; `skipped` pieces are too short."""
+    def survey(self, tokenizer: Tokenizer) -> "Survey":
+        """Count all windows, and take the digests of their token ids."""
         counts = dict.fromkeys(COUNTS, 0)
-        for pieces in self._pieces(tokenizer):
-            if counts["windows"] == self.limit:
-                break
-            counts["texts"] += 1
-            for piece in pieces:
-                if counts["windows"] == self.limit:
-                    break
-                kept = len(piece) >= self.shortest
-                counts["skipped"] += not kept
-                counts["windows"] += kept
-                counts["tokens"] += kept * len(piece)
-        return counts
+        return Survey(counts, [digest_of(windows) for windows in batched(self.windows(tokenizer, counts))])
 
     def _pieces(self, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
         """Every text's tokens, cut into windows."""
@@ -165,7 +166,41 @@ def _of_csv(lines: Iterable[str], path: Path, column: str) -> Iterator[str]:
         raise ValueError(f"--texts {path}, line {reader.line_num} is not CSV: {error}.") from None
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a file of texts holds for a model."""
+
+    counts: dict[str, int]
+    """How many texts, windows and tokens there are; `skipped` pieces are too short."""
+    shards: list[str]
+    """A digest of the token ids of every shard's windows."""
+
+    @property
+    def token_ids(self) -> str:
+        """A digest of all windows."""
+        return hashlib.sha256("".join(self.shards).encode()).hexdigest()
+
+    def range_of(self, number: int) -> list[int]:
+        """The first and the last window of a shard."""
+        first = number * SHARD_WINDOWS
+        return [first, min(first + SHARD_WINDOWS, self.counts["windows"]) - 1]
+
+
+def digest_of(windows: Windows) -> str:
+    """The sha256 of some windows' token ids."""
+    return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()
+
+
 # Windows that were measured.
+
+
+SETTINGS = "settings.json"
+FOLLOWING = ("first_numbers", "token_ids")
+"""What a run adds to its settings when it has looked at its texts."""
+DESCRIBES = "windows_of_a_run"
+"""The one name in that file: no other program's settings look like it."""
+OWN = re.compile(re.escape(SETTINGS) + r"|\d{7}\.safetensors")
+"""The names of all files in a folder of shards."""
 
 
 @dataclass(frozen=True)
@@ -181,97 +216,192 @@ class Shards:
         """A hash of the settings."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
-    def open(self, overwrite: bool) -> list[int]:
-        """The numbers of the shards that are there already.
+    def open(self, survey: Survey, overwrite: bool) -> list[int]:
+        """The numbers of the shards that are there already, and hold what this run wrote of these windows.
 
-        Leftovers of a write that was killed are removed. Raises ValueError when shards of other settings lie in the
-        folder, unless those are to be overwritten; shards of these settings are always kept.
+        A shard that holds anything else is named on standard error, and not among them. Leftovers of writes that were
+        killed are removed. Raises ValueError when shards of other settings lie in the folder, unless those are to be
+        overwritten, and for files that no run has described.
         """
-        described = self.folder / "settings.json"
-        other = self._other_settings(described)
-        if other == ["code"] and not overwrite:
-            raise ValueError(
-                f"{self.folder} holds windows of this run, but the code has changed since; choose another --output, or "
-                "add --overwrite to measure again."
-            )
-        if other and not overwrite:
-            raise ValueError(
-                f"{self.folder} holds windows of a run with other settings ({', '.join(other)}); choose another "
-                "--output, or add --overwrite."
-            )
-        if other:
-            shutil.rmtree(self.folder)
+        self._check_settings(overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        text = json.dumps(self.settings, indent=2) + "\n"
-        write_text(described, text)
-        return self.finished()
+        _remove_leftovers(self.folder)
+        write_text(self.folder / SETTINGS, json.dumps({DESCRIBES: self.settings}, indent=2) + "\n")
+        return [number for number in self.finished() if number < len(survey.shards) and self._holds(number, survey)]
 
-    def _other_settings(self, described: Path) -> list[str]:
-        """The names of the settings in which the folder's shards differ from these; empty for an empty folder."""
-        if not self.folder.exists() or not any(path for path in self.folder.iterdir() if path.name[0] != "."):
-            return []
-        try:
-            found = read_json(described)
-            return sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
-        except (OSError, ValueError, AttributeError, TypeError):
-            return ["they are not described"]
+    def _check_settings(self, overwrite: bool) -> None:
+        """Raise ValueError for a folder that is not this run's, or, with `overwrite`, not a run's."""
+        found = described(self.folder)
+        if found is None:
+            return
+        other = sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
+        if other and overwrite:
+            for number in self.finished():
+                self.path(number).unlink()
+        elif other:  # the windows follow from the other settings, and the numbers from both
+            other = [name for name in other if name not in FOLLOWING] or other[-1:]
+            holds = {
+                "code": "windows of this run, but the code has changed since",
+                "first_numbers": "windows of this run, but the first ones now come out otherwise, by something that "
+                "is no setting: the processor, a library, a random draw",
+            }.get(" ".join(other), f"windows of a run with other settings ({', '.join(other)})")
+            raise ValueError(
+                f"{self.folder} holds {holds}; choose another --output, or add --overwrite to measure again."
+            )
+
+    def joined(self) -> "Shards":
+        """The run that another process opened. Raises ValueError where this process would compute something else."""
+        found = described(self.folder) or {}
+        if other := sorted(name for name, value in self.settings.items() if found.get(name) != value):
+            raise ValueError(
+                f"This process differs from the first one ({', '.join(other)}), so that windows would come out "
+                "otherwise; start all of them alike, on machines that are alike."
+            )
+        return Shards(self.folder, found)
 
     def path(self, number: int) -> Path:
         """Where a shard lies."""
         return self.folder / f"{number:07d}.safetensors"
 
-    def write(self, number: int, measured: dict[str, Tensor]) -> None:
-        """Write a shard whole, or not at all: every tensor as [window, column]."""
-        shapes = {name: list(values.shape[1:]) for name, values in measured.items()}
-        flat = {name: values.reshape(len(values), -1).contiguous() for name, values in measured.items()}
+    def write(self, number: int, windows: Windows, measured: dict[str, Tensor]) -> None:
+        """Write a shard whole, or not at all: every tensor as [window, column], and what tells it from any other.
+
+        Raises ValueError for a table that has not one row for each window.
+        """
+        for name, values in measured.items():
+            if len(values) != len(windows):
+                raise ValueError(
+                    f"The table {name!r} has {len(values)} rows of {len(windows)} windows; expected one each."
+                )
+        first = number * SHARD_WINDOWS
+        about = {
+            "run": self.fingerprint,
+            "windows": [first, first + len(windows) - 1],
+            "token_ids": digest_of(windows),
+            "shapes": {name: list(values.shape[1:]) for name, values in measured.items()},
+        }
+        flat = {name: values.reshape(len(values), -1).contiguous().cpu() for name, values in measured.items()}
         # one key: safetensors writes several in no fixed order, and equal runs shall write equal files
-        metadata = {"shard": json.dumps({"settings": self.fingerprint, "shapes": shapes})}
+        metadata = {"shard": json.dumps({**about, "digest": digest_of_numbers(about, flat)})}
         write_tensors(self.path(number), flat, metadata)
 
     def finished(self) -> list[int]:
         """The numbers of the shards that are there, whichever rank wrote them."""
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]" * 7 + ".safetensors"))
 
-    def combine(self, windows: int) -> dict[str, dict[str, Tensor]]:
-        """Over so many windows: name -> statistic -> tensor, without the window axis. See `STATISTICS`."""
-        with self._opened(0) as (file, shapes):
-            for name, shape in shapes.items():
-                if file.get_slice(name).get_shape()[1:] != [math.prod(shape)]:
-                    raise ValueError(f"{name} has another shape than the file says")
-        return {name: self._combine(name, shape, shards_of(windows)) for name, shape in shapes.items()}
+    def combine(self, survey: Survey) -> dict[str, dict[str, Tensor]]:
+        """Over all windows: name -> statistic -> tensor, without the window axis. See `STATISTICS`.
 
-    def _combine(self, name: str, shape: list[int], count: int) -> dict[str, Tensor]:
+        Raises ValueError for a shard that does not hold what this run wrote of its windows.
+        """
+        shapes = self._shapes(0, survey)
+        for number in range(1, len(survey.shards)):
+            if (other := self._shapes(number, survey)) != shapes:
+                raise ValueError(f"{self.path(number)} has tables of the shapes {other}, and the first shard {shapes}.")
+        return {name: self._combine(name, shape, survey) for name, shape in shapes.items()}
+
+    def _combine(self, name: str, shape: list[int], survey: Survey) -> dict[str, Tensor]:
         columns = math.prod(shape)
-        step = max(FEWEST_COLUMNS, MOST_NUMBERS // (count * SHARD_WINDOWS))
-        groups = [
-            summarise([self._columns(number, name, start, start + step) for number in range(count)])
-            for start in range(0, columns, step)
-        ]
+        step = max(FEWEST_COLUMNS, MOST_NUMBERS // (len(survey.shards) * SHARD_WINDOWS))
+        groups = [self._summarised(name, start, start + step, survey) for start in range(0, columns, step)]
         whole = np.concatenate(groups, axis=1)
         return {
             statistic: torch.from_numpy(values).reshape(shape)
             for statistic, values in zip(STATISTICS, whole, strict=True)
         }
 
+    def _summarised(self, name: str, start: int, stop: int, survey: Survey) -> NDArray[np.float64]:
+        shards = [self._columns(number, name, start, stop) for number in range(len(survey.shards))]
+        if (found := sum(map(len, shards))) != survey.counts["windows"]:
+            raise ValueError(
+                f"{self.folder} holds {found} windows of {name!r}; the texts have {survey.counts['windows']}."
+            )
+        return summarise(shards)
+
     def _columns(self, number: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
-        """Some columns of a shard: [window, column]. Raises ValueError for a file of another run."""
-        with self._opened(number) as (file, _):
+        """Some columns of a shard: [window, column]."""
+        with open_tensors(self.path(number)) as file:
             return file.get_slice(name)[:, start:stop].double().numpy()
 
-    @contextmanager
-    def _opened(self, number: int) -> Iterator[tuple[Any, dict[str, list[int]]]]:
-        """A shard, and the shapes of a window's numbers. Raises ValueError where it cannot be used."""
+    def _holds(self, number: int, survey: Survey) -> bool:
+        """Whether a shard can be used; where it cannot, that is said on standard error."""
+        try:
+            self._shapes(number, survey)
+        except ValueError as error:
+            typer.echo(printable(f"Warning: {error} Its windows are measured again."), err=True)
+            return False
+        return True
+
+    def _shapes(self, number: int, survey: Survey) -> dict[str, list[int]]:
+        """The shapes of a window's numbers. Raises ValueError for a shard that holds anything but what was written."""
         path = self.path(number)
         try:
             with open_tensors(path) as file:
                 about = json.loads(file.metadata()["shard"])
-                if about["settings"] != self.fingerprint:
-                    raise ValueError("it belongs to a run with other settings")
-                yield file, about["shapes"]
-        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it and run again.") from None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            if about.pop("digest") != digest_of_numbers(about, tensors):
+                raise ValueError("its digest is another")
+            if about["run"] != self.fingerprint:
+                raise ValueError("it belongs to a run with other settings")
+            if [about["windows"], about["token_ids"]] != [survey.range_of(number), survey.shards[number]]:
+                raise ValueError("it holds other windows")
+        except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is not what this run wrote there ({error}).") from None
+        return about["shapes"]
+
+
+def digest_of_numbers(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The sha256 of some tensors, with their names, types and shapes, and of what is said about them."""
+    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, values in sorted(tensors.items()):
+        total.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        total.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def described(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run whose shards lie in a folder; None where there are none.
+
+    Raises ValueError for files under the names of shards that no run has described, and for links: those are not ours.
+    """
+    check_kind(folder, folder=True)
+    own = sorted(path for path in folder.iterdir() if OWN.fullmatch(path.name)) if folder.exists() else []
+    for path in own:
+        check_kind(path)
+    if not own:
+        return None
+    try:
+        found = read_json(folder / SETTINGS)[DESCRIBES]
+    except (OSError, LookupError, TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{folder} holds {own[0].name}, and no {SETTINGS} that a run has written; move that away, or choose "
+            "another --output."
+        )
+    return found
+
+
+def remove_windows(folder: Path) -> None:
+    """Remove a run's shards, and their folder where nothing else is in it; what no run has described stays."""
+    try:
+        if described(folder) is None:
+            return
+    except ValueError:
+        return
+    _remove_leftovers(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == SETTINGS):  # last: it says whose the rest is
+        if OWN.fullmatch(path.name):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of writes that were killed: this run holds the folder, so nobody else writes."""
+    for path in folder.iterdir():
+        if OWN.fullmatch(written_in(path.name) or "") and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def summarise(shards: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -300,40 +430,51 @@ def measure_corpus(
     tokenizer: Tokenizer,
     shards: Shards,
     ranks: Ranks,
-    prepare: Callable[[], object],
+    prepare: Callable[[], dict[str, Any]],
     measure: Measure,
     overwrite: bool = False,
     quiet: bool = False,
-) -> dict[str, int]:
-    """Measure every window that has not been measured yet, shared among the ranks; returns `Texts.count`.
+) -> tuple[Shards, Survey] | None:
+    """Measure every window that has not been measured yet, shared among the ranks.
 
-    `prepare` runs on rank 0 first, and stops all ranks by raising. Returns when all ranks are done.
+    `prepare` runs on rank 0 first, stops all ranks by raising, and returns what it adds to the settings of `shards`;
+    the windows' token ids are added as well. Returns these shards and what they hold on rank 0, None on the others,
+    when all ranks are done.
     """
+    opened = list[tuple[Shards, Survey]]()
 
     def first() -> list[int]:
-        prepare()
-        return [*texts.count(tokenizer).values(), *shards.open(overwrite)]
+        more, survey = prepare(), texts.survey(tokenizer)
+        whole = Shards(shards.folder, {**shards.settings, **more, "token_ids": survey.token_ids})
+        opened.append((whole, survey))
+        return [survey.counts["windows"], *whole.open(survey, overwrite)]
 
-    numbers = ranks.from_first(first)
-    counts, finished = dict(zip(COUNTS, numbers, strict=False)), set(numbers[len(COUNTS) :])
-    windows = counts["windows"]
-    missing = [number for number in range(shards_of(windows)) if number not in finished]
+    windows, *finished = ranks.from_first(first)
+    mine = opened[0][0] if opened else shards.joined()
+    _measure_missing(texts.windows(tokenizer), windows, set(finished), mine, ranks, measure, quiet)
+    ranks.wait()
+    return opened[0] if opened else None
+
+
+def _measure_missing(
+    found: Iterator[list[int]],
+    windows: int,
+    finished: set[int],
+    shards: Shards,
+    ranks: Ranks,
+    measure: Measure,
+    quiet: bool,
+) -> None:
+    missing = [number for number in range(-(-windows // SHARD_WINDOWS)) if number not in finished]
     mine = set(missing[ranks.rank :: ranks.world])
     hidden = quiet or ranks.rank > 0 or None  # None: hidden where there is no terminal
     with tqdm(
         total=windows, initial=min(windows, len(finished) * SHARD_WINDOWS), unit="window", leave=False, disable=hidden
     ) as bar:
-        for number, shard in enumerate(batched(texts.windows(tokenizer))):
+        for number, shard in enumerate(batched(found)):
             if number in mine:
-                shards.write(number, measure(shard))
+                shards.write(number, shard, measure(shard))
                 bar.update(min(windows, len(shards.finished()) * SHARD_WINDOWS) - bar.n)
-    ranks.wait()
-    return counts
-
-
-def shards_of(windows: int) -> int:
-    """How many shards so many windows make."""
-    return -(-windows // SHARD_WINDOWS)
 
 
 def batched(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

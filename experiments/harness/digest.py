@@ -2,8 +2,9 @@
 
 What counts is what Python runs: comments, docstrings and the layout of a file do not. Every module of the library and
 of the experiments counts, but those that only draw, show or time. So do the experiment's class and the classes of the
-model's modules, wherever they were defined: their file, and the bytecode of their functions as they are now, so that
-a class of a notebook counts, and one that was patched.
+model's modules, wherever they were defined: their file, and their attributes and the bytecode of their functions as
+they are now, so that a class of a notebook counts, and one that was patched. Of a user's functions, so do the
+functions, classes and constants that they name, in whatever module of the user's.
 """
 
 import ast
@@ -12,12 +13,15 @@ import functools
 import hashlib
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 import minigpt
@@ -27,20 +31,23 @@ PACKAGES = (Path(minigpt.__file__).resolve().parent, EXPERIMENTS)
 LEFT_OUT = tuple(EXPERIMENTS / name for name in ("page", "tour", "tools"))
 NOT_OURS = ("torch", "builtins", "abc", "typing")
 """Packages whose versions a summary names, or that come with Python."""
+LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype)
+"""Values that their representation says whole, and that every process says alike."""
 
 
 def code_digest(experiment: object, model: nn.Module) -> str:
     """The sha256, in hexadecimal, of all code that decides the numbers of an experiment on a model."""
-    classes = _classes_of(experiment, model)
+    classes, seen = _classes_of(experiment, model), set[int]()
     digest = hashlib.sha256(_of_packages().encode())
     for path in dict.fromkeys(path for kind in classes for path in _files_of(kind)):
         digest.update(_of_file(path).encode())
     for kind in classes:
-        digest.update("\n".join([kind.__qualname__, *_of_class(kind)]).encode())
-    for number, module in enumerate(model.modules()):  # a method that one module alone was given
-        for name, function in sorted(vars(module).items()):
-            if inspect.isroutine(function):
-                digest.update("\n".join([f"{number} {name}", *_of_function(function)]).encode())
+        digest.update("\n".join(_of(kind, seen)).encode())
+    for number, module in enumerate(model.modules()):  # what one module alone was given
+        for name, value in sorted(vars(module).items()):
+            if inspect.isroutine(value) or (name[0] != "_" and name != "training" and isinstance(value, PLAIN)):
+                digest.update("\n".join([f"{number} {name}", *_of(value, seen)]).encode())
     return digest.hexdigest()
 
 
@@ -78,22 +85,93 @@ def _files_of(kind: type) -> Iterator[Path]:
         yield path
 
 
-def _of_class(kind: type) -> Iterator[str]:
+def _ours(module: str) -> bool:
+    """Whether a module is a user's: no library, and not counted by its file already."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    known = (*LIBRARIES, *PACKAGES)
+    builtin = module.partition(".")[0] in (*NOT_OURS, *sys.stdlib_module_names) and module != "__main__"
+    return not builtin and not (file and any(Path(file).resolve().is_relative_to(folder) for folder in known))
+
+
+def _of(value: Any, seen: set[int]) -> Iterator[str]:
+    """A value in words that every process says alike: without addresses, sets in order, and each thing once."""
+    if isinstance(value, PLAIN):
+        yield repr(value)
+    elif isinstance(value, CodeType):
+        yield from _of_code(value, seen)
+    elif isinstance(value, tuple | list):
+        yield type(value).__name__
+        yield from (word for item in value for word in (*_of(item, seen), ","))
+    elif isinstance(value, dict):
+        yield from _of(list(value.items()), seen)
+    elif isinstance(value, set | frozenset):
+        yield from sorted(" ".join(_of(item, seen)) for item in value)
+    elif isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {list(value.shape)}"
+        yield hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    else:
+        yield from _of_behaviour(value, seen)
+
+
+def _of_behaviour(value: Any, seen: set[int]) -> Iterator[str]:
+    """What is no plain data: classes, functions, and what is made of them."""
+    if isinstance(value, type):
+        yield from _of_class(value, seen)
+    elif isinstance(value, property):
+        yield from _of([value.fget, value.fset], seen)
+    elif isinstance(value, functools.partial):
+        yield from _of([value.func, value.args, value.keywords], seen)
+    elif is_dataclass(value):
+        yield from _of([type(value).__qualname__, *(getattr(value, field.name) for field in fields(value))], seen)
+    elif code := getattr(function := inspect.unwrap(getattr(value, "__func__", value)), "__code__", None):
+        yield from _of_function(function, code, seen)
+    else:
+        yield type(value).__qualname__
+
+
+def _of_class(kind: type, seen: set[int]) -> Iterator[str]:
+    """A class of a library has a name; of any other, all that it holds counts."""
+    yield f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.partition(".")[0] in NOT_OURS or id(kind) in seen:
+        return
+    if not (_ours(kind.__module__) or kind.__module__.partition(".")[0] in ("minigpt", "experiments")):
+        return
+    seen.add(id(kind))
+    for base in kind.__bases__:
+        yield from _of_class(base, seen)
     for name, member in sorted(vars(kind).items()):
-        parts = (member.fget, member.fset) if isinstance(member, property) else (member,)
-        for part in parts:
-            function = getattr(part, "__func__", part)  # of a class method, or a static one
-            if inspect.isroutine(function):
-                yield name
-                yield from _of_function(function)
+        if not name.startswith("__") or inspect.isroutine(member):
+            yield name
+            yield from _of(member, seen)
 
 
-def _of_function(function: Any) -> Iterator[str]:
-    """What a function does, and the numbers that it was given when it was made."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    if code := getattr(function, "__code__", None):
-        yield _of_code(code)
-        yield _of_constant((*_closed_over(function), function.__defaults__, function.__kwdefaults__))
+def _of_function(function: Any, code: CodeType, seen: set[int]) -> Iterator[str]:
+    """What a function does, the numbers that it was given when it was made, and a user's globals that it names."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    yield from _of_code(code, seen)
+    yield from _of([*_closed_over(function), function.__defaults__, function.__kwdefaults__], seen)
+    if _ours(function.__module__ or ""):
+        yield from _of_names(sorted(_names_in(code)), function.__globals__, seen)
+
+
+def _of_names(names: list[str], known: dict[str, Any], seen: set[int]) -> Iterator[str]:
+    """What names stand for among a module's globals; of a user's module, what they stand for in that one."""
+    for name in names:
+        value = known.get(name)
+        if isinstance(value, ModuleType):
+            if _ours(value.__name__) and id(value) not in seen:
+                seen.add(id(value))
+                yield from _of_names(names, vars(value), seen)
+        elif name in known:
+            yield name
+            yield from _of(value, seen)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _closed_over(function: Any) -> Iterator[Any]:
@@ -102,21 +180,8 @@ def _closed_over(function: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def _of_code(code: CodeType) -> str:
+def _of_code(code: CodeType, seen: set[int]) -> Iterator[str]:
     """Its instructions, with names and constants in the place of their numbers: a docstring is none of them."""
-    return repr([(step.opname, _of_constant(step.argval)) for step in dis.get_instructions(code)])
-
-
-def _of_constant(value: Any) -> str:
-    """A constant in words that every process says alike: without addresses, and sets in order."""
-    if isinstance(value, CodeType):
-        return _of_code(value)
-    if isinstance(value, tuple | list):
-        return repr([_of_constant(item) for item in value])
-    if isinstance(value, dict):
-        return repr([(_of_constant(key), _of_constant(item)) for key, item in value.items()])
-    if isinstance(value, set | frozenset):
-        return repr(sorted(_of_constant(item) for item in value))
-    if callable(value) and hasattr(value, "__code__"):
-        return _of_code(value.__code__)
-    return repr(value) if isinstance(value, int | float | complex | str | bytes | None) else type(value).__qualname__
+    for step in dis.get_instructions(code):
+        yield step.opname
+        yield from _of(step.argval, seen)

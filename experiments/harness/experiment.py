@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import json
 import platform
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,23 +24,29 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.harness.corpus import BOOTSTRAP, Shards, Texts, measure_corpus
+from experiments.harness.corpus import (
+    BOOTSTRAP,
+    Shards,
+    Survey,
+    Texts,
+    digest_of_numbers,
+    measure_corpus,
+    remove_windows,
+)
 from experiments.harness.digest import code_digest
 from experiments.harness.options import Options, parse_indices
-from experiments.harness.output import MOST_SUMMARY, SUMMARY, claimed, results_in
+from experiments.harness.output import SUMMARY, WINDOWS, claimed, results_in, sha256_of
 from experiments.harness.ranks import Ranks
 from experiments.harness.table import Row, Tables, of_text, of_windows
 from experiments.harness.verdicts import Verdict, lines_of
 from experiments.page.figures import Figures, save_figures
 from minigpt import GPT2, Sweep, Tokenizer, parity
-from minigpt.files import printable, read_json
+from minigpt.files import printable
 from minigpt.model import block_name
 from minigpt.parameters import parameter_name
 from minigpt.selfcheck import self_check
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
-WINDOWS = "windows"
-"""The folder within the output folder that holds what a corpus run has measured so far."""
 REPORT = "report.html"
 CHECKED_WINDOWS = 2
 """Of a corpus: enough to try the oracles on a batch."""
@@ -295,13 +300,15 @@ def run_over_corpus(
     settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
     if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
-    tried, code = list[tuple[Raw, Checked]](), code_digest(experiment, model)
+    tried, code = list[tuple[Raw, Checked, Tables]](), code_digest(experiment, model)
 
-    def prepare() -> None:
+    def prepare() -> dict[str, Any]:
         held.enter_context(claimed(output, settings.to_json(), code, overwrite, experiment.files))
         certificate = certify(settings, model)
         raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
-        tried.append((raw, _checked(experiment, model, raw, certificate)))
+        tables = experiment.measure(model, raw)
+        tried.append((raw, _checked(experiment, model, raw, certificate), tables))
+        return {"first_numbers": digest_of_numbers({}, {name: table.value for name, table in tables.items()})}
 
     shards = Shards(output / WINDOWS, _identity(experiment, model, code))
 
@@ -309,42 +316,50 @@ def run_over_corpus(
         tables = experiment.measure(model, experiment.run(model, windows, alone=False))
         return {name: table.value for name, table in tables.items()}
 
-    counts = measure_corpus(
+    measured = measure_corpus(
         texts, tokenizer, shards, ranks, prepare, measure, overwrite=overwrite, quiet=not experiment.progress
     )
-    if not tried:
+    if measured is None:
         return None
-    raw, checked = tried[0]
-    tables = _combined(experiment, model, shards, counts["windows"], raw, checked.certificate)
+    (raw, checked, axes), counts = tried[0], measured[1].counts
+    tables = _combined(model, *measured, axes, checked.certificate)
     return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code)
 
 
 def _combined(
-    experiment: Experiment[Raw],
-    model: GPT2,
-    shards: Shards,
-    windows: int,
-    raw: Raw,
-    certificate: parity.Certificate | None,
+    model: GPT2, shards: Shards, survey: Survey, axes: Tables, certificate: parity.Certificate | None
 ) -> Tables:
     """What all shards make together, on the axes of what was measured of the first windows."""
     try:
         _still_certified(certificate, model)
     except parity.CheckError:
-        shutil.rmtree(shards.folder)  # or a later run would take the windows up
+        remove_windows(shards.folder)  # or a later run would take the windows up
         raise
-    return of_windows(experiment.measure(model, raw), shards.combine(windows), windows)
+    return of_windows(axes, shards.combine(survey), survey.counts["windows"])
 
 
 def _identity(experiment: Experiment[Any], model: GPT2, code: str) -> dict[str, Any]:
-    """All that decides the numbers of a window: what it takes to go on with another run's."""
+    """All that decides the numbers of a window, but for the windows: what it takes to go on with another run's."""
     asked = experiment.settings.to_json()
     asked = {name: value for name, value in asked.items() if name not in ("model", "parity", "revision")}
     asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
     cuda = experiment.settings.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
     origin = {"weights": parity.fingerprint(model), "versions": versions(), "processor": where, "code": code}
-    return {"experiment": experiment.name, **asked, **origin}
+    return {"experiment": experiment.name, **asked, **origin, "arithmetic": _arithmetic()}
+
+
+def _arithmetic() -> dict[str, Any]:
+    """PyTorch's switches by which the same product comes out otherwise."""
+    cuda = torch.backends.cuda
+    return {
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float16 sums": str(cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "bfloat16 sums": str(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "attention": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()],
+    }
 
 
 def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
@@ -425,25 +440,18 @@ def write(experiment: Experiment[Raw], study: Study[Raw], folder: Path) -> list[
     rows = list(experiment.rows(study))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     said = summary(experiment, study)
-    patterns = [name for name in experiment.files if name != WINDOWS or not study.counts] + _of_former_run(folder)
-    with results_in(folder, patterns) as scratch:
+    with results_in(folder) as scratch:
         with (scratch / f"{experiment.name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         experiment.save(study, scratch)
         _draw(experiment, study, said, scratch)
+        said["files"] = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
         (scratch / SUMMARY).write_text(json.dumps(said, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return sorted(path.name for path in scratch.iterdir())
-
-
-def _of_former_run(folder: Path) -> list[str]:
-    """The pattern of what another experiment left in a folder, by its summary: old figures go with it."""
-    try:
-        name = read_json(folder / SUMMARY, MOST_SUMMARY)["experiment"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return _tables_and_charts(name) if isinstance(name, str) and name.isidentifier() else []
+    if not study.counts:
+        remove_windows(folder / WINDOWS)
+    return sorted([*said["files"], SUMMARY])
 
 
 def _tables_and_charts(name: str) -> list[str]:
