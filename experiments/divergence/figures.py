@@ -10,7 +10,16 @@ from experiments.divergence.rows import Scaled, in_words, layer_of, scaled_in
 from experiments.harness.experiment import Study
 from experiments.harness.table import Row, Table
 from experiments.page import charts
-from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, place_names, token_labels
+from experiments.page.figures import (
+    Control,
+    Figure,
+    Figures,
+    dataset,
+    label_of,
+    likeliest_cells,
+    place_names,
+    token_labels,
+)
 from minigpt import Sweep
 from minigpt.measures import POSITION_SETS, UNITS, Measure
 
@@ -45,8 +54,7 @@ def figures(study: Study[Any], site: str, positions: tuple[int, ...] | None) -> 
     shown = Shown(study, site, positions)
     data = shown.data()
     of_blocks = dict.fromkeys(("alignment", "written"), shown.blocks)
-    factors = [f"{factor:g}" for factor in shown.factors]
-    named = {"curves": shown.places, "tokens": shown.places, "output": factors, **of_blocks}
+    named = {"curves": shown.places, "tokens": shown.places, "output": shown.columns, **of_blocks}
     return Figures(
         figures=[*shown.of_curves(), *shown.of_blocks(), *shown.of_output(), *shown.of_tokens()],
         data=data,
@@ -80,6 +88,7 @@ class Shown:
         self.entries = [in_words(scaled, site, positions) for scaled in self.shown]
         self.studied = in_words(studied, site, positions)
         self.factors: list[float] = [factors[j] for j in _thinned(range(len(factors)), most // len(self.shown))]
+        self.columns = [label_of(factor) for factor in self.factors]
 
     @cached_property
     def table(self) -> Table:
@@ -96,7 +105,7 @@ class Shown:
         farthest = max(self.factors, key=lambda factor: abs(factor - 1))
         controls = [
             Control("layer", "scaled", [(entry, entry) for entry in self.entries], self.studied),
-            Control("factor", "factor", [(factor, f"{factor:g}") for factor in self.factors], farthest),
+            Control("factor", "factor", list(zip(self.factors, self.columns, strict=True)), farthest),
             Control("measure", "measure", list(SHOWN.items()), "frobenius"),
             Control("positions", "tokens", list(SETS.items()), "rest"),
         ]
@@ -189,17 +198,16 @@ class Shown:
         if "kl" not in self.table.axes["metric"]:
             return []
         shown = []
-        factors, site = [f"{factor:g}" for factor in self.factors], self.site == "output"
         for metric, (title, note) in OUTPUT.items():
             row = charts.rows_axis("entry", "scaled", self.entries)
             filters = [f"datum.metric == '{metric}'", "datum.positions == positions"]
             spec = charts.heat_map(
-                "output", filters, factors, row, f"{metric}, {UNITS[metric]}", self._chosen("positions"),
+                "output", filters, self.columns, row, f"{metric}, {UNITS[metric]}", self._chosen("positions"),
                 len(self.entries), reach=self._reach() if metric == "loss_change" else None, x_title="factor",
             )  # fmt: skip
             alt = f"A heat map of {metric}, {UNITS[metric]}: a row for each scaled layer, a column for each factor."
             last = " Scaling the last block's output does nothing here: the final norm undoes it." * (
-                site and metric == "kl"
+                self.site == "output" and metric == "kl"
             )
             shown.append(Figure(metric, title, alt, f"{note}{last}{self._every_layer}", spec))
         return shown

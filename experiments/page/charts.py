@@ -41,7 +41,9 @@ def factor_colour(factors: Sequence[float]) -> alt.Color:
     """Blue below 1, orange above, grey near it."""
     reach = max((abs(factor - 1) for factor in factors), default=1.0) or 1.0
     run = sorted(set(factors), reverse=True)
-    legend = alt.Legend(format="~g", values=run[:: max(1, (len(run) - 1) // 4)], orient="top", direction="horizontal")
+    whole = "'' + datum.value"  # every digit of the number: with fewer, two factors could look alike
+    values = run[:: max(1, (len(run) - 1) // 4)]
+    legend = alt.Legend(labelExpr=whole, values=values, orient="top", direction="horizontal")
     scale = alt.Scale(domain=(1 - reach, 1, 1 + reach), range=FACTOR_COLOURS, interpolate="rgb")
     return alt.Color("factor:Q", title="factor", scale=scale, legend=legend)
 
@@ -62,7 +64,7 @@ def lines_by_place(
     width = alt.condition("datum.factor == factor", alt.value(3), alt.value(1))
     dash = alt.condition("datum.metric == 'passive'", alt.value([5, 4]), alt.value([1, 0]))
     depths, final = (curves.transform_filter(f"datum.place {sign} 'final norm'") for sign in ("!=", "=="))
-    tooltip = [alt.Tooltip("factor:Q"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    tooltip = [alt.Tooltip("factor:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
     encoding = {"x": x, "y": y, "color": colour, "opacity": opacity, "tooltip": tooltip}
     drawn = depths.mark_line().encode(**encoding, strokeWidth=width, strokeDash=dash, detail=["factor:Q", "metric:N"])
     marks = [_site_rule(names, site), drawn, final.mark_tick(thickness=2).encode(**encoding)]
