@@ -91,7 +91,7 @@ def same(found: dict[Any, float], expected: dict[Any, Any]) -> None:
     numbers = {label: float(value) for label, value in expected.items() if math.isfinite(value)}
     assert set(found) == set(numbers)
     reach = max(map(abs, numbers.values()), default=0)
-    assert found == pytest.approx(numbers, rel=seen.EXACT, abs=seen.PIXEL * reach)
+    assert found == pytest.approx(numbers, rel=seen.EXACT, abs=seen.PIXEL * reach + 1e-12)
 
 
 def said(points: dict[tuple[str, str], Mark], chart: Chart) -> dict[tuple[str, str], float]:
@@ -211,12 +211,16 @@ def test_the_grid_has_a_row_for_each_entry_in_the_order_of_the_table(name: str, 
 @pytest.mark.parametrize(("name", "corpus"), EVERY)
 def test_blocks_after_the_scaled_one_have_their_alignment_by_part(name: str, corpus: bool) -> None:
     run, entries, factors = ran(name, corpus), entries_of(name, corpus), KINDS[name][2]["factors"]
+    reach = max(
+        float(expected(name, corpus, metric, of)[i, :, layer + 2 :].nan_to_num().abs().max())
+        for metric in PARTS.values()
+        for of in SETS
+        for i, layer in enumerate(layers_of(name, corpus))
+        if layer < 3
+    )
     for chosen in settings(run.figures, ("layer", "factor", "positions")):
         i, j = entries.index(chosen["layer"]), factors.index(chosen["factor"])
-        layer = layers_of(name, corpus)[i]
-        if layer == 3:
-            continue  # no block comes after it
-        chart = shown(run.figures, "alignment", **chosen)
+        layer, chart = layers_of(name, corpus)[i], shown(run.figures, "alignment", **chosen)
         numbers = {
             (f"block {block}", part): of_metric(name, corpus, metric, chosen)[i, j, block + 1]
             for part, metric in PARTS.items()
@@ -226,6 +230,9 @@ def test_blocks_after_the_scaled_one_have_their_alignment_by_part(name: str, cor
         assert (list(chart.x.labels), list(chart.legend)) == (BLOCKS, list(PARTS))
         assert (chart.x.title, chart.y.title) == ("block", "cosine of carried and written")
         assert all(parts == list(PARTS) for parts in chart.side_by_side().values())
+        top, bottom = chart.y.number(0), chart.y.number(320)  # the same for all choices, and around 0
+        assert reach * (1 - seen.EXACT) <= top < 2 * reach
+        assert top == pytest.approx(-bottom)
 
 
 @pytest.mark.parametrize(("name", "corpus"), EVERY)
@@ -235,14 +242,12 @@ def test_what_is_carried_is_the_change_that_enters_a_block_and_what_is_written_t
     run, entries, factors = ran(name, corpus), entries_of(name, corpus), KINDS[name][2]["factors"]
     for chosen in settings(run.figures, ("layer", "factor", "positions")):
         i, j = entries.index(chosen["layer"]), factors.index(chosen["factor"])
-        layer = layers_of(name, corpus)[i]
-        if layer == 3:
-            continue
-        chart = shown(run.figures, "written", **chosen)
+        layer, chart = layers_of(name, corpus)[i], shown(run.figures, "written", **chosen)
         numbers = {
             (part, f"block {block}"): of_metric(name, corpus, metric, chosen)[i, j, block + (part != "carried")]
             for part, metric in WRITTEN.items()
-            for block in range(layer + 1, 4)
+            for block in range(4)
+            if part == "carried" or block > layer
         }
         points = chart.lines()
         same(said(points, chart), numbers)

@@ -18,6 +18,7 @@ from experiments.page.figures import (
     label_of,
     likeliest_cells,
     place_names,
+    reach_of,
     token_labels,
 )
 from minigpt import Sweep
@@ -52,7 +53,7 @@ CARRIED = "carried"
 def figures(study: Study[Any], site: str, positions: tuple[int, ...] | None) -> Figures:
     """All the charts: of a prompt over every layer that ran, over a corpus over the studied ones."""
     shown = Shown(study, site, positions)
-    data = shown.data()
+    data = shown.data
     of_blocks = dict.fromkeys(("alignment", "written"), shown.blocks)
     named = {"curves": shown.places, "tokens": shown.places, "output": shown.columns, **of_blocks}
     return Figures(
@@ -174,6 +175,7 @@ class Shown:
         """What every later block carries and what it writes otherwise."""
         blocks, chosen = self.blocks, self._chosen("layer", "factor", "positions")
         filters = ["datum.entry == layer", "datum.factor == factor", "datum.positions == positions"]
+        cosine, norm, parts = "cosine of carried and written", "norm, units of the stream", list(ALIGNMENTS.values())
         alignment = Figure(
             "alignment",
             "Which blocks repair, which amplify",
@@ -181,15 +183,18 @@ class Shown:
             "otherwise, for its attention, its MLP, and both together.",
             "Below 0 a block takes back some of the change that reaches it; above 0 it adds to it; near 0 what it "
             "writes otherwise is new.",
-            charts.parts_by_block("alignment", filters, blocks, "cosine of carried and written", chosen, bars=True),
+            charts.parts_by_block(
+                "alignment", filters, blocks, cosine, chosen, parts, reach_of(self.data["alignment"])
+            ),
         )
         written = Figure(
             "written",
             "Carried against written, block by block",
             "Lines by block: the norm of the change carried into it, and of what the block, its attention and its "
             "MLP write otherwise than in the clean run.",
-            "Where the written lines are small beside the carried one, the change passes through almost as it is.",
-            charts.parts_by_block("written", filters, blocks, "norm, units of the stream", chosen, bars=False),
+            "Where the written lines are small beside the carried one, the change passes through almost as it is. "
+            "Nothing is carried into the scaled block and those before it.",
+            charts.parts_by_block("written", filters, blocks, norm, chosen, [CARRIED, *WRITTEN.values()]),
         )
         return [alignment, written]
 
@@ -197,13 +202,13 @@ class Shown:
         """How much of a change reaches the predictions, where they were compared."""
         if "kl" not in self.table.axes["metric"]:
             return []
-        shown = []
+        shown, reach = [], reach_of(row for row in self.data["output"] if row["metric"] == "loss_change")
         for metric, (title, note) in OUTPUT.items():
             row = charts.rows_axis("entry", "scaled", self.entries)
             filters = [f"datum.metric == '{metric}'", "datum.positions == positions"]
             spec = charts.heat_map(
                 "output", filters, self.columns, row, f"{metric}, {UNITS[metric]}", self._chosen("positions"),
-                len(self.entries), reach=self._reach() if metric == "loss_change" else None, x_title="factor",
+                len(self.entries), reach=reach if metric == "loss_change" else None, x_title="factor",
             )  # fmt: skip
             alt = f"A heat map of {metric}, {UNITS[metric]}: a row for each scaled layer, a column for each factor."
             last = " Scaling the last block's output does nothing here: the final norm undoes it." * (
@@ -228,6 +233,7 @@ class Shown:
         spec = charts.heat_map("tokens", filters, self.places, row, unit, chosen, len(tokens), site)
         return [Figure("tokens", "Where in the text", alt, note, spec)]
 
+    @cached_property
     def data(self) -> dict[str, Any]:
         """The datasets that the charts name."""
         places = [self.places[layer_of(scaled) + 1] for scaled in self.shown]
@@ -250,7 +256,7 @@ class Shown:
         blocks, depths = range(self.study.n_layer), self.table.axes["depth"]
         read = self.table.at(depth=list(depths[:-2])).named("depth", "block", blocks)
         wrote = self.table.at(depth=list(depths[1:-1])).named("depth", "block", blocks)
-        carried = self._later(read.at(metric=["frobenius"]).named("metric", "part", [CARRIED]))
+        carried = self._named(read.at(metric=["frobenius"]).named("metric", "part", [CARRIED])).rows()
         written, alignment = (
             self._later(wrote.at(metric=list(parts)).named("metric", "part", list(parts.values())))
             for parts in (WRITTEN, ALIGNMENTS)
@@ -268,11 +274,6 @@ class Shown:
     def _output(self) -> list[dict[str, Any]]:
         rows = self._named(self.table.at(metric=list(OUTPUT), depth="final")).rows()
         return dataset(rows, "factor", self.factors)
-
-    def _reach(self) -> float:
-        """The largest change of the loss, either way, in nats."""
-        change = self.study.tables["values"].at(metric="loss_change", depth="final")
-        return float(change.value.nan_to_num().abs().max())
 
     def _tokens(self) -> list[dict[str, Any]]:
         table, labels = self.study.tables["tokens"], token_labels(self.study.tokens)

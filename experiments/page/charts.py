@@ -6,7 +6,7 @@ from typing import Any, cast
 import altair as alt
 
 FACTOR_COLOURS = ("#2b7bd9", "#9aa3ad", "#d9691e")  # below 1, at 1, above 1: blue and orange stay apart for all eyes
-PARTS = {"attention": "#2b7bd9", "MLP": "#d9691e", "both": "#7a8490"}
+TWO_AND_BOTH = ("#2b7bd9", "#d9691e", "#7a8490")
 PAIR = ("#2b7bd9", "#d9691e", "#2a8f6b", "#8a5bb5")
 HEIGHT = 320  # pixels
 ROW = 17
@@ -97,8 +97,7 @@ def heat_map(
 
     `reach` is the largest absolute value of numbers of both signs: blue is below 0, orange above.
     """
-    around_0 = alt.Scale(scheme="blueorange", domain=[-(reach or 1), reach or 1])
-    scale = alt.Scale(scheme="viridis") if reach is None else around_0
+    scale = alt.Scale(scheme="viridis") if reach is None else alt.Scale(scheme="blueorange", domain=[-reach, reach])
     legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, titleLimit=500)
     colour = alt.Color("value:Q", title=title, scale=scale, legend=legend)
     cells = _chart(data, filters, ["value", "place"]).mark_rect()
@@ -116,21 +115,34 @@ def rows_axis(field: str, title: str, order: Sequence[Any] | None = None, kind: 
 
 
 def parts_by_block(
-    data: str, filters: Sequence[Filter], blocks: Sequence[str], y: str, params: Mapping[str, Any], bars: bool
+    data: str,
+    filters: Sequence[Filter],
+    blocks: Sequence[str],
+    y: str,
+    params: Mapping[str, Any],
+    parts: Sequence[str],
+    reach: float | None = None,
 ) -> dict[str, Any]:
-    """Attention's and the MLP's part beside each other, or several norms as lines, by block."""
+    """Several norms as lines, by block; or, with `reach`, two parts and both together as bars beside each other.
+
+    `reach` is the largest absolute value of all rows: the axis stays where it is, also where no row is chosen.
+    """
     x = place_axis(blocks, "block")
     chart = _chart(data, filters, ["value", "place"])
     tooltip = [alt.Tooltip("part:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
     legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
     height = alt.Y("value:Q", title=y)
-    if not bars:
-        colour = alt.Color("part:N", scale=alt.Scale(range=list(PAIR)), legend=legend, sort=None)
+    if reach is None:
+        colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(PAIR)), legend=legend)
         drawn = chart.mark_line(point=True).encode(x=x, y=height, color=colour, tooltip=tooltip)
         return _params(alt.layer(drawn), params)
-    colour = alt.Color("part:N", scale=alt.Scale(domain=list(PARTS), range=list(PARTS.values())), legend=legend)
+    colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(TWO_AND_BOTH)), legend=legend)
     drawn = chart.mark_bar().encode(
-        x=x, y=height, color=colour, xOffset=alt.XOffset("part:N", sort=list(PARTS)), tooltip=tooltip
+        x=x,
+        y=height.scale(domain=[-reach, reach]),
+        color=colour,
+        xOffset=alt.XOffset("part:N", sort=list(parts)),
+        tooltip=tooltip,
     )
     zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
     return _params(alt.layer(drawn, zero), params)
