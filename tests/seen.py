@@ -7,11 +7,11 @@ browser, and in a browser it hangs on the elements of the SVG; both have the sam
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import vl_convert
 
-from experiments.page.figures import Figure, Figures, standing_alone
+from experiments.page.figures import Figures, standing_alone
 
 Node = Mapping[str, Any]
 Numbers = dict[tuple[str, ...], float]
@@ -276,12 +276,12 @@ def shown(figures: Figures, name: str, **chosen: Any) -> Chart:
     """A figure with some controls set."""
     controls = [replace(control, value=chosen.get(control.name, control.value)) for control in figures.controls]
     (figure,) = (figure for figure in figures.figures if figure.name == name)
-    return Chart(cast("Node", drawn(replace(figures, controls=controls), figure)["scenegraph"]))
+    return drawn(standing_alone(replace(figures, controls=controls), figure))
 
 
-def drawn(figures: Figures, figure: Figure) -> dict[str, Any]:
-    """A figure as vl-convert draws it."""
-    return dict(vl_convert.vegalite_to_scenegraph(standing_alone(figures, figure)))
+def drawn(specification: Mapping[str, Any]) -> Chart:
+    """A chart as vl-convert draws it."""
+    return Chart(vl_convert.vegalite_to_scenegraph(dict(specification))["scenegraph"])
 
 
 def settings(figures: Figures, names: Sequence[str]) -> list[dict[str, Any]]:
