@@ -21,6 +21,7 @@ from experiments.harness import experiment as harness
 from experiments.page import report
 from experiments.page.figures import label_of, rounded
 from minigpt import Sweep, compare, sensitivity, sweep
+from minigpt.measures import MEASURES
 from tests import seen
 from tests.seen import Chart, Mark, settings, shown
 from tests.studies import BLOCKS, KINDS, LETTERS, PLACES, PROMPT, TEXTS, Ran, ran, small_model
@@ -614,3 +615,84 @@ def test_the_numbers_of_a_page_have_five_digits_and_what_is_not_finite_is_null()
 def test_the_specification_has_no_number_that_json_has_not() -> None:
     for name in KINDS:
         json.dumps([figure.spec for figure in ran(name).figures.figures], allow_nan=False)
+
+
+# The file and the terminal.
+
+
+@pytest.mark.parametrize(("name", "corpus"), EVERY)
+def test_every_row_of_the_file_is_a_number_of_the_run_and_none_is_left_out(name: str, corpus: bool) -> None:
+    run, factors = ran(name, corpus), KINDS[name][2]["factors"]
+    found = {}
+    for row in run.experiment.rows(run.study):
+        key = (row["positions"], row["metric"], (row["layer"], row.get("head")), row["factor"], row["depth"])
+        assert key not in found
+        found[key] = row["value"]
+    layers = layers_of(name, corpus)
+    entries = list(zip(layers, (2, 0, 2, 0) if name == "heads" else [None] * len(layers), strict=True))
+    asked = [entry for entry in entries if entry[0] in LAYERS[name]]
+    wanted = {
+        (positions, metric, entry, factor, depth): float(expected(name, corpus, metric, positions)[i, j, k])
+        for positions in SETS
+        for metric in MEASURES
+        for i, entry in enumerate(entries)
+        if entry in asked
+        for j, factor in enumerate(factors)
+        for k, depth in enumerate([0, 1, 2, 3, 4, "final"])
+    }
+    assert found == pytest.approx({key: of for key, of in wanted.items() if math.isfinite(of)}, rel=1e-9, abs=1e-12)
+
+
+def numbers_after(lines: list[str], first: str) -> list[str]:
+    """The words of the one line that begins so, after its beginning."""
+    (line,) = (line for line in lines if re.match(rf"\s*{re.escape(first)}\s\s", line))
+    return line.strip().removeprefix(first).split()
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_the_terminal_of_token_loss_has_a_line_for_each_layer(corpus: bool) -> None:
+    run = ran("token_loss", corpus)
+    lines = list(run.experiment.lines(run.study, 80))
+    names = [
+        "target_loss_change",
+        "target_probability",
+        "target_rank",
+        "loss_change",
+        "target_correlation",
+        "temperature",
+    ]
+    header = next(line for line in lines if line.split()[:1] == ["layer"])
+    assert re.split(r"\s{2,}", header.strip())[1:] == [name.replace("_", " ") for name in names]
+    for layer in LOSS_LAYERS:
+        wanted = [row_of(run, layer=layer, factor=2.0, metric=name)["value"] for name in names]
+        assert numbers_after(lines, str(layer)) == [f"{number:.4g}" for number in wanted]
+    clean = [
+        row_of(run, layer=0, factor=2.0, metric=f"{name}_clean")["value"]
+        for name in ("loss", "target_loss", "target_rank")
+    ]
+    assert lines[0] == (
+        f"clean: loss of the text {clean[0]:.4g} nats per token, of the target {clean[1]:.4g} nats (rank {clean[2]:g})"
+    )
+    assert lines[1] == "output scaled by 2:"
+
+
+def test_the_tokens_that_suffer_most_are_named_with_their_own_change() -> None:
+    run = ran("token_loss")
+    result = sweep(small_model(), texts_of(corpus=False), LOSS_LAYERS, LOSS_FACTORS, predictions=True)
+    scaled, clean = result.statistics.predictions, result.statistics.clean_predictions
+    assert scaled is not None and clean is not None
+    change = (scaled.loss - clean.loss)[:, 0, 0, :-1].mean(0)  # [position that predicts]
+    worst = sorted(range(len(change)), key=lambda position: -float(change[position]))[:5]
+    said = ", ".join(f"{PROMPT[position + 1]!r} {change[position]:+.3g}" for position in worst)
+    assert f"tokens that suffer most, mean over the layers, nats: {said}" in list(run.experiment.lines(run.study, 80))
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_the_terminal_of_skip_layer_has_a_line_for_each_skip(corpus: bool) -> None:
+    run, found = ran("skip_layer", corpus), skips(corpus)
+    lines = list(run.experiment.lines(run.study, 80))
+    places = {"loss_change": -1, "kl": -1, "changed": -1, "relative": 4}
+    assert re.split(r"\s{2,}", lines[0].strip()) == ["skipped", "loss_change", "kl", "changed", "relative, last depth"]
+    for i, name in enumerate(SKIPPED):
+        wanted = [float(found.measure(of, "rest")[i, place].mean()) for of, place in places.items()]
+        assert [float(number) for number in numbers_after(lines, name)] == pytest.approx(wanted, rel=6e-4)
