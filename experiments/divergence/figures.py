@@ -163,10 +163,10 @@ class Shown:
         row = charts.rows_axis("entry", "scaled", self.entries)
         return Figure(
             "grid",
-            "Every layer scaled, by place",
+            "Everything that was scaled, by place",
             "A heat map of the chosen measure at the chosen factor: a row for each scaled layer, a column for "
             "each place.",
-            "Read along a row: what became of one layer's change. Below the diagonal nothing has happened yet."
+            "Read along a row: what became of one change. Before the scaled block's own place nothing has happened yet."
             f"{self._every_layer}",
             charts.heat_map("curves", filters, self.places, row, "{measure}", chosen, len(self.entries)),
         )
