@@ -40,7 +40,7 @@ WRITTEN = {
     "written by MLP": "mlp_written",
     "written by the block": "written",
 }
-EVERY = [("layers", False), ("layers", True), ("heads", False), ("mlp", False)]
+EVERY = [("layers", False), ("layers", True), ("heads", False)]
 """Studies of `KINDS`, and whether over a corpus."""
 ENTRIES = {
     "layers": [f"output of block {layer}" for layer in range(4)],
@@ -260,7 +260,7 @@ def test_what_is_carried_is_the_change_that_enters_a_block_and_what_is_written_t
 UNITS = {"kl": "nats per token", "loss_change": "nats per token", "changed": "share of positions"}
 
 
-@pytest.mark.parametrize(("name", "corpus"), EVERY)
+@pytest.mark.parametrize(("name", "corpus"), [*EVERY, ("mlp", False)])
 @pytest.mark.parametrize("metric", UNITS)
 def test_what_reaches_the_predictions_stands_by_entry_and_factor(name: str, corpus: bool, metric: str) -> None:
     run, entries, factors = ran(name, corpus), entries_of(name, corpus), KINDS[name][2]["factors"]
@@ -279,7 +279,7 @@ def test_what_reaches_the_predictions_stands_by_entry_and_factor(name: str, corp
             assert chart.shade(reach)[0] > chart.shade(reach)[2], "orange: less likely"
 
 
-@pytest.mark.parametrize("name", ["layers", "heads", "mlp"])
+@pytest.mark.parametrize("name", ["layers", "heads"])
 def test_the_token_map_has_a_row_for_each_token_from_the_first_down(name: str) -> None:
     run, factors, entries = ran(name), KINDS[name][2]["factors"], ENTRIES[name]
     norms = run_of(name, False).statistics.difference_sq[:, :, :, 0].sqrt()  # [entry, factor, place, position]
@@ -299,7 +299,7 @@ def test_the_token_map_has_a_row_for_each_token_from_the_first_down(name: str) -
         assert chart.rules() == [PLACES[layers_of(name, False)[i] + 1]]
 
 
-@pytest.mark.parametrize(("name", "corpus"), EVERY)
+@pytest.mark.parametrize(("name", "corpus"), [*EVERY, ("mlp", False)])
 def test_a_page_opens_on_what_was_asked_for_and_offers_all_that_it_has(name: str, corpus: bool) -> None:
     controls = {control.name: control for control in ran(name, corpus).figures.controls}
     options = {of: list(control.options) for of, control in controls.items()}

@@ -614,13 +614,16 @@ def steps(figures: Figures) -> list[tuple[Control | None, dict[str, Any]]]:
 
 @needs_chromium
 @pytest.mark.parametrize(("name", "corpus"), OPENED)
-def test_the_charts_of_a_page_are_the_saved_ones_for_the_same_controls(
+def test_the_charts_of_a_page_and_its_predictions_are_those_that_the_controls_ask_for(
     pages: Callable[[str, bool], Path], open_page: Open, name: str, corpus: bool
 ) -> None:
     page, figures = open_page(pages(name, corpus)), ran(name, corpus).figures
+    cells = {(row["layer"], row["factor"]): row for row in figures.predictions}
     for control, chosen in steps(figures):
         if control:
             choose(page, control, chosen[control.name])
+        if cells:
+            has_predictions(page, cells[chosen["layer"], chosen["factor"]])
         for figure in figures.figures:
             expected, until = read(shown(figures, figure.name, **chosen)), time.monotonic() + PATIENCE
             while not alike(read(chart := scene(page, figure.name)), expected) and time.monotonic() < until:
@@ -639,32 +642,21 @@ def has_tooltips(chart: Chart, label: str | None) -> None:
             assert tooltip.items() <= mark.said.items()
 
 
-@needs_chromium
-@pytest.mark.parametrize("name", ["layers", "token_loss"])
-def test_the_table_of_predictions_follows_the_controls(
-    pages: Callable[[str, bool], Path], open_page: Open, name: str
-) -> None:
-    page, figures = open_page(pages(name, False)), ran(name).figures
-    cells = {(row["layer"], row["factor"]): row for row in figures.predictions}
-    for control, chosen in steps(figures):
-        if control:
-            choose(page, control, chosen[control.name])
-        row = cells[chosen["layer"], chosen["factor"]]
-        texts = page.eval_on_selector_all(
-            "#likeliest tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
-        )
-        assert [of[0] for of in texts] == [str(rank) for rank in range(1, 11)]
-        for column, which in ((1, "clean"), (3, "scaled")):
-            assert [(of[column], float(of[column + 1])) for of in texts] == [
-                (token, pytest.approx(value, rel=5e-3)) for token, value in row[which]
-            ]
-        widths = page.eval_on_selector_all("#likeliest .bar", "all => all.map(bar => parseFloat(bar.style.width))")
-        shares = [value for pair in zip(row["clean"], row["scaled"], strict=True) for _, value in pair]
-        assert widths == pytest.approx([60 * share / max(shares) for share in shares], rel=1e-3)
+def has_predictions(page: Any, row: Any) -> None:
+    """The table of predictions is that of a cell."""
+    texts = page.eval_on_selector_all("#likeliest tr", "rows => rows.map(r => [...r.cells].map(c => c.textContent))")
+    assert [of[0] for of in texts] == [str(rank) for rank in range(1, 11)]
+    for column, which in ((1, "clean"), (3, "scaled")):
+        assert [(of[column], float(of[column + 1])) for of in texts] == [
+            (token, pytest.approx(value, rel=5e-3)) for token, value in row[which]
+        ]
+    widths = page.eval_on_selector_all("#likeliest .bar", "all => all.map(bar => parseFloat(bar.style.width))")
+    shares = [value for pair in zip(row["clean"], row["scaled"], strict=True) for _, value in pair]
+    assert widths == pytest.approx([60 * share / max(shares) for share in shares], rel=1e-3)
 
 
 @needs_chromium
-@pytest.mark.parametrize(("name", "corpus"), OPENED)
+@pytest.mark.parametrize(("name", "corpus"), OPENED[:3])
 def test_the_words_of_a_page_are_those_of_its_summary(
     pages: Callable[[str, bool], Path], open_page: Open, name: str, corpus: bool
 ) -> None:
@@ -705,8 +697,6 @@ FACTS = {
     "layers": {"site": "output", "layers": "2, 0", "factors": "0.75, 1.75, 1, 0.5"},
     "heads": {"site": "head", "layers": "2, 0", "factors": "0.75, 1.75, 1", "heads": "2, 0", "positions": "3"},
     "token_loss": {"site": "output", "layers": "0, 2, 3", "factors": "2, 0.6"},
-    "skip_layer": {"layers": "3, 0, 1"},
-    "sensitivity": {"sites": "mlp, output, head, attention"},
 }
 
 
