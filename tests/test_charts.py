@@ -18,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("altair")
 
 from experiments.harness import experiment as harness
+from experiments.harness.options import parse_indices
 from experiments.page import report
 from experiments.page.figures import label_of, rounded
 from minigpt import Sweep, compare, sensitivity, sweep
@@ -586,6 +587,9 @@ def test_factors_that_are_nearly_the_same_are_told_apart_in_words_and_in_the_ter
     said = [verdict.evidence for verdict in run.experiment.verdicts(run.study)]
     assert all("factor 0.9999999" in sentence for sentence in said[1:])
     assert all("factor 1.0000001" in sentence for sentence in (said[1], said[2], said[4]))
+    assert "at factor 0.9999999, where the raw one is" in said[4]
+    with pytest.raises(ValueError, match=r"2\.0000001 is not a layer"):
+        parse_indices("2.0000001", 4, "layer")
     assert "scaled by 0.9999999:" in "\n".join(loss.experiment.lines(loss.study, 80))
     assert any("At factor 0.9999999," in verdict.evidence for verdict in loss.experiment.verdicts(loss.study))
     assert any("at factor 0.9999999;" in verdict.evidence for verdict in loss.experiment.verdicts(loss.study))
