@@ -30,6 +30,8 @@ COSTS: dict[Measure, str] = {
     "changed": "share of positions",
 }
 CLEAN = "clean"
+PARTS = (CLEAN, "skipped")
+"""The lines of what every block adds, as the chart names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ def _figures(study: Study[Comparison], names: list[str]) -> Figures:
     blocks, chosen, spread = places[1:-1], {"skipped": _shown(names)}, study.windows is not None
     rest, title = "Over all tokens but the first.", "change beside the stream's norm (relative)"
     step = "norm of what a block adds, units of the stream"
-    steps = charts.parts_by_block("steps", ["datum.skipped == skipped"], blocks, step, chosen, bars=False)
+    steps = charts.parts_by_block("steps", ["datum.skipped == skipped"], blocks, step, chosen, PARTS)
     row = charts.rows_axis("skipped", "skipped", names)
     change = charts.heat_map("change", [], places, row, title, {}, len(names))
     steps_alt = "Lines by block: the norm of what it adds to the stream, clean and with the chosen block skipped."
@@ -166,8 +168,8 @@ def _data(study: Study[Comparison], names: list[str]) -> dict[str, Any]:
     costs = rest.at(metric=list(COSTS), depth="final").named("skipped", "place", names)
     clean = list(steps.at(skipped=CLEAN).rows())
     pairs = (
-        [*({"part": "clean", "skipped": name, **row} for row in clean),
-         *steps.at(skipped=name).rows(part="skipped", skipped=name)]
+        [*({"part": PARTS[0], "skipped": name, **row} for row in clean),
+         *steps.at(skipped=name).rows(part=PARTS[1], skipped=name)]
         for name in names
     )  # fmt: skip
     return {

@@ -12,22 +12,25 @@ from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from experiments.page.figures import place_names
-from minigpt import GPT2, Tokenizer, compare, scaled, sweep
+from minigpt import GPT2, Sweep, Tokenizer, compare, scaled, sweep
 from tests.conftest import CHROMIUM, ROOT, TINY
 
 pytest.importorskip("marimo", reason="the tour needs marimo: pip install -e '.[tour]'")
+pytest.importorskip("vl_convert")
 
 from experiments.divergence import claims
 from experiments.divergence.study import Divergence, GridSettings
 from experiments.harness.experiment import run_prompt
 from experiments.harness.options import parse_numbers
 from experiments.tour import charts, tour
+from tests import seen
+from tests.seen import Chart, rgb
 
 HOSTILE = "</script><img src=x onerror=alert(1)> **bold** <b>x</b> $x$ &amp;"
 TITLES = [
@@ -47,10 +50,47 @@ PATIENCE = 30
 """Seconds, for what takes one or two on a machine that has nothing else to do."""
 
 
+class Tour(NamedTuple):
+    """What the cells define, with every slider where it starts; and what they show, each kind in its order."""
+
+    defined: dict[str, Any]
+    charts: list[Chart]
+    notes: list[str]
+    tables: list[tuple[list[str], list[str]]]
+
+
 @pytest.fixture(scope="module")
-def shown() -> dict[str, Any]:
-    """What the cells define, with every slider where it starts."""
-    return dict(tour.app.run()[1])
+def toured() -> Tour:
+    """The tour, run once."""
+    specifications, notes, tables = list[dict[str, Any]](), list[str](), list[Any]()
+    sized, note, table_html = charts.sized, charts.note, charts.table_html
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "sized", lambda chart: (chart := sized(chart), specifications.append(chart.to_dict()))[0])
+        patch.setattr(charts, "note", lambda sentence, *kind: (notes.append(sentence), note(sentence, *kind))[1])
+        patch.setattr(charts, "table_html", lambda *words: (tables.append(words), table_html(*words))[1])
+        defined = dict(tour.app.run()[1])
+    return Tour(
+        defined, [seen.drawn({**of, "width": 600}) for of in specifications], [of for of in notes if of], tables
+    )
+
+
+@pytest.fixture(scope="module")
+def shown(toured: Tour) -> dict[str, Any]:
+    """What the cells define."""
+    return toured.defined
+
+
+@pytest.fixture(scope="module")
+def drawn(toured: Tour) -> list[Chart]:
+    """The charts that they show."""
+    return toured.charts
+
+
+@pytest.fixture(scope="module")
+def result(shown: dict[str, Any], tiny: GPT2) -> Sweep:
+    """A run of its own of what the claims are about, with more blocks and in another order of the factors."""
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")[::-1]
+    return sweep(tiny, shown["ids"], [5, 2], factors, predictions=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +105,205 @@ def figures(model: GPT2, ids: torch.Tensor, **moved: float) -> dict[str, float]:
     comparison, names = compare(model, ids, [scales], predictions=True), place_names(model.config.n_layer)
     site = names[int(moved.get("block", 2)) + 1]
     return charts.figures_of(comparison, charts.compared(comparison, names), site)
+
+
+PLACES = ["embeddings", *(f"block {layer}" for layer in range(12)), "final norm"]
+ROUNDING = {"rel": 2e-3, "abs": 2e-4}
+"""The tour runs other products than the run that it is compared with: in float32 the last digits differ."""
+Read = dict[tuple[str, str], float]
+
+
+def read(chart: Chart, label: str = "series") -> Read:
+    """The numbers of lines, and of the diamonds at the final norm, by what tells the lines apart and by place."""
+    diamonds = [mark for mark in chart.of("symbol") if chart.x.label(mark.x) == "final norm"]
+    found: Read = {}
+    for mark in chart.of("line") + diamonds:
+        key = (mark.said[label], chart.x.label(mark.x))
+        assert key not in found
+        assert (key[1] == "final norm") == (mark.kind == "symbol"), "the final norm is no depth"
+        if mark.said.get("series", mark.said.get("factor")) in chart.legend:
+            assert mark.colour == chart.legend[mark.said.get("series", mark.said.get("factor"))]
+        found[key] = chart.y.number(mark.middle)
+    assert list(chart.x.labels) == PLACES
+    return found
+
+
+def expected(result: Sweep, metric: Any, positions: Any = "rest") -> dict[str, torch.Tensor]:
+    """A measure after scaling block 2, by factor: [place]."""
+    values = result.measure(metric, positions)[1, :, :, 0]
+    return {f"{factor:g}": of for factor, of in zip(result.factors, values, strict=True)}
+
+
+def same(found: dict[Any, float], numbers: dict[Any, Any]) -> None:
+    """The same numbers at the same labels; what has no number has no mark."""
+    wanted = {key: float(value) for key, value in numbers.items() if not torch.as_tensor(value).isnan()}
+    assert set(found) == set(wanted)
+    scale = max(map(abs, wanted.values()))
+    assert found == pytest.approx(wanted, rel=ROUNDING["rel"], abs=ROUNDING["abs"] * scale)
+
+
+def by_place(**series: torch.Tensor) -> dict[tuple[str, str], Any]:
+    return {(name, place): of for name, values in series.items() for place, of in zip(PLACES, values, strict=True)}
+
+
+def test_the_chart_of_norms_has_a_line_for_each_position(toured: Tour, shown: dict[str, Any], tiny: GPT2) -> None:
+    chart, ids = toured.charts[0], shown["ids"]
+    with torch.no_grad():
+        depths = tiny.residuals(ids)[:, 0].double()
+        final = tiny.final_norm(tiny.residuals(ids)[-1:])[:, 0].double()
+    norms = torch.cat([depths, final]).norm(dim=-1)  # [place, position]
+    same(read(chart, "position"), by_place(**{str(position): of for position, of in enumerate(norms.T)}))
+    for mark in chart.of("line"):
+        position = int(mark.said["position"])
+        assert mark.said["series"] == ("other positions" if position else "position 0")
+        assert mark.said["token"].strip() == shown["tokens"][position].strip()
+    assert (chart.y.title, list(chart.legend)) == ("norm of the stream", ["other positions", "position 0"])
+    others, ratio = norms[:-1, 1:].mean(1), norms[:-1, 0] / norms[:-1, 1:].mean(1)
+    peak = int(ratio.argmax())
+    assert toured.notes[0] == (
+        f"The mean norm of the other positions is {others[0]:.3g} at the embeddings and {others[-1]:.3g} after the "
+        f"last block. Position 0 stands out most at depth {peak} ({PLACES[peak]}): {ratio[peak]:.3g} times that mean."
+    )
+
+
+def test_the_charts_below_the_sliders_are_those_of_the_run(drawn: list[Chart], result: Sweep) -> None:
+    frobenius, relative = drawn[1:3]
+    same(read(frobenius), by_place(frobenius=expected(result, "frobenius")["0.5"]))
+    of_run, passive = expected(result, "relative")["0.5"], expected(result, "passive")["0.5"]
+    same(read(relative), by_place(relative=of_run, passive=passive))
+    assert [chart.y.title for chart in (frobenius, relative)] == ["frobenius", "relative"]
+    dashed = {mark.said["series"] for mark in relative.of("line") if mark.item["strokeDash"] != [1, 0]}
+    assert dashed == {"passive"}
+
+
+def test_the_lines_of_the_claims_are_the_factors(drawn: list[Chart], result: Sweep) -> None:
+    for chart, metric in ((drawn[3], "frobenius"), (drawn[6], "gauge_free")):
+        same(read(chart, "factor"), by_place(**expected(result, metric)))
+        assert (chart.y.title, list(chart.legend)) == (metric, ["0.5", "0.75", "1", "1.25", "1.5"])
+        blue, _, grey, _, orange = map(rgb, chart.legend.values())
+        assert (blue.index(max(blue)), orange.index(max(orange))) == (2, 0), "blue below 1, orange above"
+        assert max(grey) - min(grey) < 30
+
+
+def test_the_jump_lies_on_its_line(drawn: list[Chart], result: Sweep) -> None:
+    chart, length = drawn[4], result.statistics.clean_sq[3, 0, 1:].sum().sqrt()
+    points = {mark.said["factor"]: mark for mark in chart.of("symbol")}
+    lines = {mark.said["factor"]: mark for mark in chart.of("line")}
+    same(
+        {of: chart.y.number(mark.middle) for of, mark in points.items()},
+        {of: v[3] for of, v in expected(result, "frobenius").items()},
+    )
+    same(
+        {of: chart.y.number(mark.middle) for of, mark in lines.items()},
+        {of: abs(float(of) - 1) * length for of in points},
+    )
+    for of, mark in (*points.items(), *lines.items()):
+        assert chart.x.number(mark.x) == pytest.approx(float(of), abs=1e-3)
+    assert (chart.x.title, chart.y.title) == ("factor", "frobenius at the site")
+
+
+def test_relative_of_both_ends_stands_beside_passive(drawn: list[Chart], result: Sweep) -> None:
+    relative = expected(result, "relative")
+    ends = {"factor 0.5": relative["0.5"], "factor 1.5": relative["1.5"]}
+    same(read(drawn[5]), by_place(passive=expected(result, "passive")["0.5"], **ends))
+    assert drawn[5].legend == {"passive": "#808080", "factor 0.5": charts.BLUE, "factor 1.5": charts.ORANGE}
+
+
+@pytest.mark.parametrize(("index", "metric", "first"), [(7, "alignment", 4), (10, "frobenius", 11)])
+def test_bars_of_both_ends_stand_at_their_places(
+    drawn: list[Chart], result: Sweep, index: int, metric: str, first: int
+) -> None:
+    chart, values = drawn[index], expected(result, metric)
+    last = len(PLACES) - (metric == "alignment")
+    names = {colour: name for name, colour in chart.legend.items()}
+    found = {}
+    for bar in chart.of("rect"):
+        top, bottom = chart.y.number(bar.top), chart.y.number(bar.bottom)
+        found[names[bar.colour], chart.x.label(bar.x)] = top if abs(top) > abs(bottom) else bottom
+    places = range(first, last)
+    same(found, {(f"factor {end}", PLACES[k]): values[end][k] for end in ("0.5", "1.5") for k in places})
+    assert list(chart.x.labels) == PLACES[first:last]
+    assert all(of == ["factor 0.5", "factor 1.5"] for of in chart.side_by_side().values())
+    assert chart.y.title == metric
+
+
+def test_the_first_token_is_with_and_without(drawn: list[Chart], result: Sweep) -> None:
+    both = {
+        f"with{name} position 0": expected(result, "frobenius", of)["0.5"]
+        for name, of in (("", "all"), ("out", "rest"))
+    }
+    same(read(drawn[8]), by_place(**both))
+    clean = result.statistics.clean_sq[:, 0].sqrt()  # [place, position]
+    same(read(drawn[9]), by_place(**{"position 0": clean[:, 0], "mean of the others": clean[:, 1:].mean(1)}))
+    assert (drawn[8].y.title, drawn[9].y.title) == ("frobenius, factor 0.5", "norm of the clean stream")
+
+
+def test_the_last_sentence_has_the_lengths_and_the_shares(toured: Tour, result: Sweep) -> None:
+    numbers = [float(of) for of in re.findall(r"(?<=[ (])\d+\.?\d*(?=[ ,.])", toured.notes[6])]
+    clean = result.statistics.clean_sq[-2:, 0, 1:].sum(-1).sqrt()
+    relative = expected(result, "relative")
+    wanted = [*clean, 0.5, *relative["0.5"][-2:], 1.5, *relative["1.5"][-2:]]
+    assert numbers == pytest.approx([float(of) for of in wanted], rel=6e-3)
+
+
+def test_the_sentence_on_alignment_has_its_numbers(toured: Tour, result: Sweep) -> None:
+    sentence = toured.notes[3]
+    for factor in ("0.5", "1.5"):
+        part = sentence[sentence.index(f"At factor {factor}") :]
+        later = expected(result, "alignment")[factor][4:-1]
+        strongest = int(later.abs().argmax())
+        direction = expected(result, "gauge_free")[factor][-2]
+        assert f"{int((later < 0).sum())} of the 9 later blocks" in part
+        assert f"The strongest is block {3 + strongest} with {later[strongest]:.2g}" in part
+        assert f"After the last block gauge_free is {direction:.3g}." in part
+
+
+def test_every_claim_has_the_verdict_of_the_study(toured: Tour, tiny: GPT2, tokenizer: Tokenizer) -> None:
+    factors = parse_numbers("0.5:1.5:0.05", "--factors")
+    settings = GridSettings(model=str(TINY), prompt=tour.PROMPT, parity=False, layers=(2,), factors=factors)
+    experiment = Divergence(settings)
+    verdicts = experiment.verdicts(run_prompt(experiment, tiny, tokenizer))
+    for said, verdict in zip([toured.notes[of] for of in (1, 2, 4, 5, 7)], verdicts, strict=True):
+        assert said.startswith(f"On this text: {verdict.verdict}. {verdict.sentence} ")
+        assert said.split()[-6:] == verdict.evidence.split()[-6:]
+
+
+def test_tokens_stand_above_their_positions_and_have_their_ids() -> None:
+    row = charts.tokens_html(["a", " b", "c"], [7, 5, 9])
+    found = re.findall(r'title="id (\d+)"><span[^>]*>(.*?)</span><br><small[^>]*>(\d+)</small>', row)
+    assert found == [("7", "a", "0"), ("5", "\u00b7b", "1"), ("9", "c", "2")]
+
+
+def test_the_rankings_show_what_became_of_a_rank() -> None:
+    clean, other = [(1, "a", 0.5), (2, "b", 0.25)], [(2, "b", 0.75), (3, "c", 0.125)]
+    rows = re.findall("<tr>(.*?)</tr>", charts.likely_html(clean, other))
+    cells = [[text_of(cell) for cell in re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+    assert cells == [
+        ["", "clean", "scaled", "clean rank"],
+        ["1", "a0.500", "b0.750", "2"],
+        ["2", "b0.250", "c0.125", "new"],
+    ]
+    widths = [float(width) for width in re.findall(r"40 ([\d.]+)%, transparent", rows[1] + rows[2])]
+    assert widths == [66.7, 100.0, 33.3, 16.7]
+
+
+def test_a_figure_stands_above_its_label_and_a_value_below_its_name() -> None:
+    html = charts.figures_html({"one": 1.2345, "two": 0.5})
+    assert re.findall(r'tour-figure"[^>]*>([^<]*)</div><div[^>]*>([^<]*)</div>', html) == [
+        ("1.23", "one"),
+        ("0.5", "two"),
+    ]
+    head, body = re.findall("<tr>(.*?)</tr>", charts.table_html(["a", "b"], ["1", "2"]))
+    assert (re.findall(">([^<]+)</th>", head), re.findall(">([^<]+)</td>", body)) == (["a", "b"], ["1", "2"])
+
+
+def test_upstream_ends_with_the_site_itself(toured: Tour, shown: dict[str, Any], tiny: GPT2) -> None:
+    with torch.no_grad():
+        clean = tiny.residuals(shown["ids"])
+        with scaled(tiny, {"blocks.2.output_scale": 0.5}):
+            largest = (tiny.residuals(shown["ids"]) - clean).abs().amax((1, 2, 3))
+    assert shown["upstream"] == pytest.approx(largest[:4].tolist())
+    assert toured.tables == [(PLACES[:4], [f"{number:.3g}" for number in largest[:4].tolist()])]
 
 
 def environment(home: Path) -> dict[str, str]:

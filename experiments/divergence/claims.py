@@ -34,6 +34,7 @@ from experiments.harness.verdicts import (
     figures_of,
     within,
 )
+from experiments.page.figures import label_of
 from minigpt import Sweep
 from minigpt.measures import Measure
 
@@ -188,7 +189,7 @@ def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
 def _ends(case: Case, table: Table, digits: int = 3) -> str:
     """A figure at the first and the last factor, in words."""
     ends = dict.fromkeys((case.factors[0], case.factors[-1]))
-    return " and ".join(f"{within(table.at(factor=factor), digits)} at factor {factor:g}" for factor in ends)
+    return " and ".join(f"{within(table.at(factor=factor), digits)} at factor {label_of(factor)}" for factor in ends)
 
 
 def _upstream(case: Case) -> Decision:
@@ -204,7 +205,8 @@ def _jump(case: Case) -> Decision:
     place = case.layer + 1
     curve, norm = case.measure("frobenius").at(depth=place), float(case.norm("of the others together")[place])
     jump, figures = curve.value, {"factors": case.factors, **figures_of(jump=curve), "norm_at_site": norm}
-    said = f"The jump is {jump[0]:.3g} at factor {case.factors[0]:g} and {jump[-1]:.3g} at factor {case.factors[-1]:g}."
+    ends = label_of(case.factors[0]), label_of(case.factors[-1])
+    said = f"The jump is {jump[0]:.3g} at factor {ends[0]} and {jump[-1]:.3g} at factor {ends[1]}."
     if case.site != "output" or case.positions is not None:
         outcome: Outcome = "holds" if bool((jump > 0).all()) else "does not hold"
         return Decision(outcome, "What was scaled is no longer what it was, so the stream is another.", said, figures)
@@ -318,8 +320,8 @@ def _alone_in_words(case: Case) -> str:
     )
     between = " and the kl of all predictions by "
     return (
-        f" At factor {factor:g}, scaling position 0 alone moves the last depth by {between.join(first)}; scaling all "
-        f"others alone by {between.join(others)}."
+        f" At factor {label_of(factor)}, scaling position 0 alone moves the last depth by {between.join(first)}; "
+        f"scaling all others alone by {between.join(others)}."
     )
 
 
@@ -337,8 +339,8 @@ def _last_block(case: Case) -> Decision:
     said = (
         f"In the last block the raw difference is multiplied by {_ends(case, change.map(torch.exp))}; it drops for "
         f"{dropping} of {len(case.factors)} factors, and the claim needs all. After the final norm, which "
-        f"transformers lists in the last block's place, it is {curve[0, -1]:.3g} at factor {case.factors[0]:g}, where "
-        f"the raw one is {curve[0, -2]:.3g}."
+        f"transformers lists in the last block's place, it is {curve[0, -1]:.3g} at factor "
+        f"{label_of(case.factors[0])}, where the raw one is {curve[0, -2]:.3g}."
     )
     figures = {
         "factors": case.factors,

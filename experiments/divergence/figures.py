@@ -10,7 +10,17 @@ from experiments.divergence.rows import Scaled, in_words, layer_of, scaled_in
 from experiments.harness.experiment import Study
 from experiments.harness.table import Row, Table
 from experiments.page import charts
-from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, place_names, token_labels
+from experiments.page.figures import (
+    Control,
+    Figure,
+    Figures,
+    dataset,
+    label_of,
+    likeliest_cells,
+    place_names,
+    reach_of,
+    token_labels,
+)
 from minigpt import Sweep
 from minigpt.measures import POSITION_SETS, UNITS, Measure
 
@@ -43,10 +53,9 @@ CARRIED = "carried"
 def figures(study: Study[Any], site: str, positions: tuple[int, ...] | None) -> Figures:
     """All the charts: of a prompt over every layer that ran, over a corpus over the studied ones."""
     shown = Shown(study, site, positions)
-    data = shown.data()
+    data = shown.data
     of_blocks = dict.fromkeys(("alignment", "written"), shown.blocks)
-    factors = [f"{factor:g}" for factor in shown.factors]
-    named = {"curves": shown.places, "tokens": shown.places, "output": factors, **of_blocks}
+    named = {"curves": shown.places, "tokens": shown.places, "output": shown.columns, **of_blocks}
     return Figures(
         figures=[*shown.of_curves(), *shown.of_blocks(), *shown.of_output(), *shown.of_tokens()],
         data=data,
@@ -80,6 +89,7 @@ class Shown:
         self.entries = [in_words(scaled, site, positions) for scaled in self.shown]
         self.studied = in_words(studied, site, positions)
         self.factors: list[float] = [factors[j] for j in _thinned(range(len(factors)), most // len(self.shown))]
+        self.columns = [label_of(factor) for factor in self.factors]
 
     @cached_property
     def table(self) -> Table:
@@ -96,7 +106,7 @@ class Shown:
         farthest = max(self.factors, key=lambda factor: abs(factor - 1))
         controls = [
             Control("layer", "scaled", [(entry, entry) for entry in self.entries], self.studied),
-            Control("factor", "factor", [(factor, f"{factor:g}") for factor in self.factors], farthest),
+            Control("factor", "factor", list(zip(self.factors, self.columns, strict=True)), farthest),
             Control("measure", "measure", list(SHOWN.items()), "frobenius"),
             Control("positions", "tokens", list(SETS.items()), "rest"),
         ]
@@ -153,10 +163,10 @@ class Shown:
         row = charts.rows_axis("entry", "scaled", self.entries)
         return Figure(
             "grid",
-            "Every layer scaled, by place",
+            "Everything that was scaled, by place",
             "A heat map of the chosen measure at the chosen factor: a row for each scaled layer, a column for "
             "each place.",
-            "Read along a row: what became of one layer's change. Below the diagonal nothing has happened yet."
+            "Read along a row: what became of one change. Before the scaled block's own place nothing has happened yet."
             f"{self._every_layer}",
             charts.heat_map("curves", filters, self.places, row, "{measure}", chosen, len(self.entries)),
         )
@@ -165,6 +175,7 @@ class Shown:
         """What every later block carries and what it writes otherwise."""
         blocks, chosen = self.blocks, self._chosen("layer", "factor", "positions")
         filters = ["datum.entry == layer", "datum.factor == factor", "datum.positions == positions"]
+        cosine, norm, parts = "cosine of carried and written", "norm, units of the stream", list(ALIGNMENTS.values())
         alignment = Figure(
             "alignment",
             "Which blocks repair, which amplify",
@@ -172,15 +183,18 @@ class Shown:
             "otherwise, for its attention, its MLP, and both together.",
             "Below 0 a block takes back some of the change that reaches it; above 0 it adds to it; near 0 what it "
             "writes otherwise is new.",
-            charts.parts_by_block("alignment", filters, blocks, "cosine of carried and written", chosen, bars=True),
+            charts.parts_by_block(
+                "alignment", filters, blocks, cosine, chosen, parts, reach_of(self.data["alignment"])
+            ),
         )
         written = Figure(
             "written",
             "Carried against written, block by block",
             "Lines by block: the norm of the change carried into it, and of what the block, its attention and its "
             "MLP write otherwise than in the clean run.",
-            "Where the written lines are small beside the carried one, the change passes through almost as it is.",
-            charts.parts_by_block("written", filters, blocks, "norm, units of the stream", chosen, bars=False),
+            "Where the written lines are small beside the carried one, the change passes through almost as it is. "
+            "Nothing is carried into the scaled block and those before it.",
+            charts.parts_by_block("written", filters, blocks, norm, chosen, [CARRIED, *WRITTEN.values()]),
         )
         return [alignment, written]
 
@@ -188,18 +202,17 @@ class Shown:
         """How much of a change reaches the predictions, where they were compared."""
         if "kl" not in self.table.axes["metric"]:
             return []
-        shown = []
-        factors, site = [f"{factor:g}" for factor in self.factors], self.site == "output"
+        shown, reach = [], reach_of(row for row in self.data["output"] if row["metric"] == "loss_change")
         for metric, (title, note) in OUTPUT.items():
             row = charts.rows_axis("entry", "scaled", self.entries)
             filters = [f"datum.metric == '{metric}'", "datum.positions == positions"]
             spec = charts.heat_map(
-                "output", filters, factors, row, f"{metric}, {UNITS[metric]}", self._chosen("positions"),
-                len(self.entries), reach=self._reach() if metric == "loss_change" else None, x_title="factor",
+                "output", filters, self.columns, row, f"{metric}, {UNITS[metric]}", self._chosen("positions"),
+                len(self.entries), reach=reach if metric == "loss_change" else None, x_title="factor",
             )  # fmt: skip
             alt = f"A heat map of {metric}, {UNITS[metric]}: a row for each scaled layer, a column for each factor."
             last = " Scaling the last block's output does nothing here: the final norm undoes it." * (
-                site and metric == "kl"
+                self.site == "output" and metric == "kl"
             )
             shown.append(Figure(metric, title, alt, f"{note}{last}{self._every_layer}", spec))
         return shown
@@ -220,6 +233,7 @@ class Shown:
         spec = charts.heat_map("tokens", filters, self.places, row, unit, chosen, len(tokens), site)
         return [Figure("tokens", "Where in the text", alt, note, spec)]
 
+    @cached_property
     def data(self) -> dict[str, Any]:
         """The datasets that the charts name."""
         places = [self.places[layer_of(scaled) + 1] for scaled in self.shown]
@@ -242,7 +256,7 @@ class Shown:
         blocks, depths = range(self.study.n_layer), self.table.axes["depth"]
         read = self.table.at(depth=list(depths[:-2])).named("depth", "block", blocks)
         wrote = self.table.at(depth=list(depths[1:-1])).named("depth", "block", blocks)
-        carried = self._later(read.at(metric=["frobenius"]).named("metric", "part", [CARRIED]))
+        carried = self._named(read.at(metric=["frobenius"]).named("metric", "part", [CARRIED])).rows()
         written, alignment = (
             self._later(wrote.at(metric=list(parts)).named("metric", "part", list(parts.values())))
             for parts in (WRITTEN, ALIGNMENTS)
@@ -260,11 +274,6 @@ class Shown:
     def _output(self) -> list[dict[str, Any]]:
         rows = self._named(self.table.at(metric=list(OUTPUT), depth="final")).rows()
         return dataset(rows, "factor", self.factors)
-
-    def _reach(self) -> float:
-        """The largest change of the loss, either way, in nats."""
-        change = self.study.tables["values"].at(metric="loss_change", depth="final")
-        return float(change.value.nan_to_num().abs().max())
 
     def _tokens(self) -> list[dict[str, Any]]:
         table, labels = self.study.tables["tokens"], token_labels(self.study.tokens)

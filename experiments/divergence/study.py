@@ -34,7 +34,7 @@ from experiments.harness.experiment import (
 from experiments.harness.options import Layers, Options, parse_numbers
 from experiments.harness.table import Row, Table, Tables
 from experiments.harness.verdicts import Verdict, describe_entry
-from experiments.page.figures import Figures
+from experiments.page.figures import Figures, label_of
 from minigpt import GPT2, Sweep, sweep
 from minigpt.engine import StreamOverflowError
 from minigpt.parameters import natives, parameter_name
@@ -187,8 +187,9 @@ class Divergence(Experiment[Runs]):
     def lines(self, study: Study[Runs], columns: int) -> Iterator[str]:
         """The errors of lower precision, and the table depth x factor of the first entry."""
         for error in study.checked.details["rounding"]:
-            where, dtype = describe_entry(error["layer"], error["index"]), self.settings.dtype
-            yield f"  {dtype} beside float32, {where}, factor {error['factor']:g}: off by up to {error['error']:.2g}"
+            where, factor = describe_entry(error["layer"], error["index"]), label_of(error["factor"])
+            off = f"off by up to {error['error']:.2g}"
+            yield f"  {self.settings.dtype} beside float32, {where}, factor {factor}: {off}"
         yield ""
         yield from self._by_depth(study, columns)
 
@@ -197,14 +198,16 @@ class Divergence(Experiment[Runs]):
         table, asked = self.table(study), self.settings
         first, factors = table.axes["layer"][0], table.axes["factor"]
         values = table.at(metric="frobenius", positions="rest", layer=first).value
-        shown, where = spread(len(factors), (columns - 24) // 8), in_words(first, asked.site, asked.positions)
+        names, where = [label_of(factor) for factor in factors], in_words(first, asked.site, asked.positions)
+        wide = max(8, 1 + max(map(len, names)))
+        shown = spread(len(factors), (columns - 24) // wide)
         of, sites = "" if study.windows is None else f", mean of {study.windows} windows", len(table.axes["layer"])
         yield f"Frobenius norm of scaled minus clean{of}, all positions but the first; scaled: {where}"
         yield f"({len(shown)} of {len(factors)} factors, 1 of {sites} sites; all are in divergence.csv):"
-        yield f"{'depth':>10}  " + "".join(f"{factors[j]:>8g}" for j in shown)
+        yield f"{'depth':>10}  " + "".join(f"{names[j]:>{wide}}" for j in shown)
         for place, depth in enumerate(table.axes["depth"]):
             mark = f"  <- {where}, scaled" if place == layer_of(first) + 1 else ""
-            yield f"{depth or 'embeddings':>10}  " + "".join(f"{values[j, place]:8.2f}" for j in shown) + mark
+            yield f"{depth or 'embeddings':>10}  " + "".join(f"{values[j, place]:{wide}.2f}" for j in shown) + mark
         yield ""
 
     def figures(self, study: Study[Runs]) -> Figures:

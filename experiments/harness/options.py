@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from experiments.page.figures import label_of
 from minigpt import cli
 
 MOST_NUMBERS = 10_000
@@ -53,7 +54,9 @@ def parse_indices(text: str, count: int, what: str) -> tuple[int, ...]:
     indices, option = [], f"--{what}s"
     for value in parse_numbers(text, option, "all, a list such as 2,5 or a range such as 0:11:1"):
         if value != int(value) or not 0 <= value < count:
-            raise ValueError(f"{option} {text}: {value:g} is not a {what}; the model has {what}s 0 to {count - 1}.")
+            raise ValueError(
+                f"{option} {text}: {label_of(value)} is not a {what}; the model has {what}s 0 to {count - 1}."
+            )
         indices.append(int(value))
     return tuple(indices)
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import altair as alt
 
 FACTOR_COLOURS = ("#2b7bd9", "#9aa3ad", "#d9691e")  # below 1, at 1, above 1: blue and orange stay apart for all eyes
-PARTS = {"attention": "#2b7bd9", "MLP": "#d9691e", "both": "#7a8490"}
+TWO_AND_BOTH = ("#2b7bd9", "#d9691e", "#7a8490")
 PAIR = ("#2b7bd9", "#d9691e", "#2a8f6b", "#8a5bb5")
 HEIGHT = 320  # pixels
 ROW = 17
@@ -41,7 +41,9 @@ def factor_colour(factors: Sequence[float]) -> alt.Color:
     """Blue below 1, orange above, grey near it."""
     reach = max((abs(factor - 1) for factor in factors), default=1.0) or 1.0
     run = sorted(set(factors), reverse=True)
-    legend = alt.Legend(format="~g", values=run[:: max(1, (len(run) - 1) // 4)], orient="top", direction="horizontal")
+    whole = "'' + datum.value"  # every digit of the number: with fewer, two factors could look alike
+    values = run[:: max(1, (len(run) - 1) // 4)]
+    legend = alt.Legend(labelExpr=whole, values=values, orient="top", direction="horizontal")
     scale = alt.Scale(domain=(1 - reach, 1, 1 + reach), range=FACTOR_COLOURS, interpolate="rgb")
     return alt.Color("factor:Q", title="factor", scale=scale, legend=legend)
 
@@ -62,7 +64,7 @@ def lines_by_place(
     width = alt.condition("datum.factor == factor", alt.value(3), alt.value(1))
     dash = alt.condition("datum.metric == 'passive'", alt.value([5, 4]), alt.value([1, 0]))
     depths, final = (curves.transform_filter(f"datum.place {sign} 'final norm'") for sign in ("!=", "=="))
-    tooltip = [alt.Tooltip("factor:Q"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
+    tooltip = [alt.Tooltip("factor:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
     encoding = {"x": x, "y": y, "color": colour, "opacity": opacity, "tooltip": tooltip}
     drawn = depths.mark_line().encode(**encoding, strokeWidth=width, strokeDash=dash, detail=["factor:Q", "metric:N"])
     marks = [_site_rule(names, site), drawn, final.mark_tick(thickness=2).encode(**encoding)]
@@ -95,8 +97,7 @@ def heat_map(
 
     `reach` is the largest absolute value of numbers of both signs: blue is below 0, orange above.
     """
-    around_0 = alt.Scale(scheme="blueorange", domain=[-(reach or 1), reach or 1])
-    scale = alt.Scale(scheme="viridis") if reach is None else around_0
+    scale = alt.Scale(scheme="viridis") if reach is None else alt.Scale(scheme="blueorange", domain=[-reach, reach])
     legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, titleLimit=500)
     colour = alt.Color("value:Q", title=title, scale=scale, legend=legend)
     cells = _chart(data, filters, ["value", "place"]).mark_rect()
@@ -114,21 +115,34 @@ def rows_axis(field: str, title: str, order: Sequence[Any] | None = None, kind: 
 
 
 def parts_by_block(
-    data: str, filters: Sequence[Filter], blocks: Sequence[str], y: str, params: Mapping[str, Any], bars: bool
+    data: str,
+    filters: Sequence[Filter],
+    blocks: Sequence[str],
+    y: str,
+    params: Mapping[str, Any],
+    parts: Sequence[str],
+    reach: float | None = None,
 ) -> dict[str, Any]:
-    """Attention's and the MLP's part beside each other, or several norms as lines, by block."""
+    """Several norms as lines, by block; or, with `reach`, two parts and both together as bars beside each other.
+
+    `reach` is the largest absolute value of all rows: the axis stays where it is, also where no row is chosen.
+    """
     x = place_axis(blocks, "block")
     chart = _chart(data, filters, ["value", "place"])
     tooltip = [alt.Tooltip("part:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
     legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
     height = alt.Y("value:Q", title=y)
-    if not bars:
-        colour = alt.Color("part:N", scale=alt.Scale(range=list(PAIR)), legend=legend, sort=None)
+    if reach is None:
+        colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(PAIR)), legend=legend)
         drawn = chart.mark_line(point=True).encode(x=x, y=height, color=colour, tooltip=tooltip)
         return _params(alt.layer(drawn), params)
-    colour = alt.Color("part:N", scale=alt.Scale(domain=list(PARTS), range=list(PARTS.values())), legend=legend)
+    colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(TWO_AND_BOTH)), legend=legend)
     drawn = chart.mark_bar().encode(
-        x=x, y=height, color=colour, xOffset=alt.XOffset("part:N", sort=list(PARTS)), tooltip=tooltip
+        x=x,
+        y=height.scale(domain=[-reach, reach]),
+        color=colour,
+        xOffset=alt.XOffset("part:N", sort=list(parts)),
+        tooltip=tooltip,
     )
     zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
     return _params(alt.layer(drawn, zero), params)

@@ -148,6 +148,16 @@ def dataset(
     return list(found.values())
 
 
+def reach_of(rows: Iterable[Mapping[str, Any]]) -> float:
+    """The largest absolute value of a dataset's rows, for a scale around 0; 1 where there is none but 0."""
+    return max((abs(number) for row in rows for number in row["value"] if number is not None), default=0.0) or 1.0
+
+
+def label_of(number: float) -> str:
+    """A number as a label: as short as it can be and still read back as that number, so that no two look alike."""
+    return next(text for digits in range(6, 18) if float(text := f"{number:.{digits}g}") == number)
+
+
 def token_labels(tokens: Sequence[str]) -> list[str]:
     """Tokens with their positions, white space made visible: all different, and in order."""
     return [f"{position} {token.translate(VISIBLE)}" for position, token in enumerate(tokens)]

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from experiments.page.figures import DARK, LIGHT, VISIBLE, Figures, config
+from experiments.page.figures import DARK, LIGHT, VISIBLE, Figures, config, label_of
 
 HERE = Path(__file__).parent
 MARKS: Mapping[str, str] = {
@@ -101,7 +101,7 @@ def _facts(said: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _listed(value: Any) -> str:
     return (
-        ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+        ", ".join(label_of(item) if isinstance(item, float) else str(item) for item in value)
         if isinstance(value, list)
         else str(value)
     )

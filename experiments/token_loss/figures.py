@@ -5,7 +5,16 @@ from typing import Any
 from experiments.harness.experiment import Study
 from experiments.harness.table import Table
 from experiments.page import charts
-from experiments.page.figures import Control, Figure, Figures, dataset, likeliest_cells, token_labels
+from experiments.page.figures import (
+    Control,
+    Figure,
+    Figures,
+    dataset,
+    label_of,
+    likeliest_cells,
+    reach_of,
+    token_labels,
+)
 
 NATS = "change of the loss, nats"
 LOSSES = {"loss_change": "the whole text", "target_loss_change": "the target"}
@@ -20,7 +29,7 @@ def figures(study: Study[Any]) -> Figures:
     names = [f"block {layer}" for layer in table.axes["layer"]]
     shown = _bars(names, factors[0], study.windows is not None)
     data: dict[str, Any] = {"layers": _layers(table, names)}
-    factor = Control("factor", "factor", [(of, f"{of:g}") for of in factors], factors[0])
+    factor = Control("factor", "factor", [(of, label_of(of)) for of in factors], factors[0])
     if study.counts:
         return Figures(shown, data, {}, [factor])
     layer = Control("layer", "scaled (in the table below)", [(name, name) for name in names], names[0])
@@ -30,7 +39,7 @@ def figures(study: Study[Any]) -> Figures:
     cells = likeliest_cells(study.raw.before, study.tokenizer)
     likeliest = [{**cell, "layer": names[cell["layer"]], "factor": factors[cell["factor"]]} for cell in cells]
     title = "The ten most likely tokens where the target should come"
-    shown.append(_token_map(names, factors[0], labels[1:], float(tokens.value.abs().max())))
+    shown.append(_token_map(names, factors[0], labels[1:], reach_of(data["tokens"])))
     return Figures(shown, data, {"tokens": names}, [layer, factor], {}, likeliest, title)
 
 

@@ -33,7 +33,7 @@ from experiments.harness.verdicts import (
     figures_of,
     within,
 )
-from experiments.page.figures import Figures, likeliest_cells
+from experiments.page.figures import Figures, label_of, likeliest_cells
 from minigpt import GPT2, Sweep, Tokenizer, sweep
 from minigpt.predictions import fit_temperature
 
@@ -204,8 +204,8 @@ class TokenLoss(Experiment[Runs]):
         sure, never = (torch.stack([of(test, MOST) for test in (lower, cooler, explained)]) for of in (above, below))
         outcome = all_of(sure, never)
         said = (
-            f"At factor {factor:g}, {self._share(lower)} lower the target's loss, and the fitted temperature is "
-            f"below 1 for {self._share(cooler)}; the best temperatures explain "
+            f"At factor {label_of(factor)}, {self._share(lower)} lower the target's loss, and the fitted temperature "
+            f"is below 1 for {self._share(cooler)}; the best temperatures explain "
             f"{within(explained.at(factor=factor))} of the kl and leave the rest. Above {MOST} counts as most."
         )
         sentence = {
@@ -233,8 +233,8 @@ class TokenLoss(Experiment[Runs]):
         outcome = all_of(above(later, UNCHANGED), below(later, UNCHANGED))
         said = (
             f"Scaling a layer of the later half changes the target's loss by "
-            f"{within(later.at(factor=factor))} nats on average, at factor {factor:g}; one of the earlier half by "
-            f"{within(earlier.at(factor=factor))}."
+            f"{within(later.at(factor=factor))} nats on average, at factor {label_of(factor)}; one of the earlier half "
+            f"by {within(earlier.at(factor=factor))}."
         )
         sentence = {
             "holds": "Scaling later layers makes the target less likely.",
@@ -262,7 +262,7 @@ class TokenLoss(Experiment[Runs]):
             f"clean: loss of the text {clean['loss_clean']:.4g} nats per token, of the target "
             f"{clean['target_loss_clean']:.4g} nats (rank {clean['target_rank_clean']:g})"
         )
-        yield f"{self.settings.site} scaled by {factor:g}:"
+        yield f"{self.settings.site} scaled by {label_of(factor)}:"
         yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in PRINTED)
         for layer in layers:
             values = shown.at(layer=layer, metric=list(PRINTED)).value.tolist()

@@ -29,6 +29,7 @@ import typer
 from torch import Tensor
 
 from experiments.harness.corpus import SHARD_WINDOWS
+from experiments.page.figures import label_of
 from experiments.tools import peers
 from minigpt import GPT2, GPT2Config, cli, generate, sweep
 from minigpt.config import OFFICIAL
@@ -206,7 +207,7 @@ def bfloat16(bench: Bench) -> str:
         bench.repetitions,
     )
     errors = rounding_errors(bench.ours, sweep(half, ids, factors=FACTORS))
-    rows = [[f"block {e.layer}", f"{e.factor:g}", f"{e.error:.2g}"] for e in errors]
+    rows = [[f"block {e.layer}", label_of(e.factor), f"{e.error:.2g}"] for e in errors]
     loop, full = ratio(times["loop"], times["bfloat16"]), ratio(times["float32"], times["bfloat16"])
     return (
         f"The grid at 16 positions takes {median(times['bfloat16']):.3g} s: **{loop:.3g} times faster** than "
