@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from experiments.divergence import study as divergence
-from experiments.harness import experiment as harness
+from experiments.harness import writing
 from experiments.harness.corpus import SHARD_WINDOWS, STATISTICS, Shards, Texts, batched, read_texts, summarise
 from experiments.harness.experiment import SHORTEST
 from minigpt import GPT2, Tokenizer, sweep
@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the study on weights/tiny with these arguments added, without drawing."""
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from experiments import sensitivity, skip_layer
-from experiments.harness import experiment as harness
+from experiments.harness import writing
 from experiments.harness.command import command
+from experiments.harness.experiment import Checked, Experiment, Ids, Study
 from experiments.harness.table import Table, Tables, by_text, of_text
 from experiments.token_loss import study as token_loss
 from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
@@ -29,7 +30,7 @@ PROMPT, TARGET = "The old man opened the door and looked out at the", " sea"
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run an experiment by name on weights/tiny, without figures and report."""
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     return lambda name, *arguments: run_main(MODULES[name].main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -141,7 +142,7 @@ def loss_verdicts(half: float = 0.0, factors: tuple[float, ...] = (0.6,), **foun
         name: Table(of.axes, of.value, {"low": of.value - half, "high": of.value + half} if half else {})
         for name, of in of_text(token_loss.tables_of(values, {"layer": layers, "factor": factors})).items()
     }
-    study = harness.Study(experiment.settings, {}, ["a", "b"], {}, harness.Checked(), tables, None, None)  # type: ignore[arg-type]
+    study = Study(experiment.settings, {}, ["a", "b"], {}, Checked(), tables, None, None)  # type: ignore[arg-type]
     return {verdict.number: verdict.verdict for verdict in experiment.verdicts(study)}
 
 
@@ -314,12 +315,12 @@ def test_windows_of_another_experiment_are_refused(run: Run, texts: Path, tmp_pa
     assert (code, "other settings" in err, err.count("\n")) == (2, True, 1)
 
 
-class Least(harness.Experiment[Comparison]):
+class Least(Experiment[Comparison]):
     """As little as an experiment can be."""
 
     name, question = "least", "Block 5 is halved: does it matter?"
 
-    def run(self, model: GPT2, ids: harness.Ids, alone: bool) -> Comparison:
+    def run(self, model: GPT2, ids: Ids, alone: bool) -> Comparison:
         return compare(model, ids, [{"blocks.5.output_scale": 0.5}], predictions=True)
 
     def measure(self, model: GPT2, raw: Comparison) -> Tables:

@@ -25,8 +25,8 @@ pytest.importorskip("marimo", reason="the tour needs marimo: pip install -e '.[t
 
 from experiments.divergence import claims
 from experiments.divergence.study import Divergence, GridSettings
-from experiments.harness.experiment import run_prompt
 from experiments.harness.options import parse_numbers
+from experiments.harness.running import run_prompt
 from experiments.tour import charts, tour
 
 HOSTILE = "</script><img src=x onerror=alert(1)> **bold** <b>x</b> $x$ &amp;"

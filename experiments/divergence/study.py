@@ -20,20 +20,12 @@ from tqdm import tqdm
 from experiments.divergence import claims
 from experiments.divergence.rows import FIRST, LAST, columns_of, in_words, layer_of, measured, scaled_in, tokens_of
 from experiments.harness.command import command
-from experiments.harness.experiment import (
-    SHORTEST,
-    Checked,
-    Experiment,
-    Ids,
-    Settings,
-    Start,
-    Study,
-    can_draw,
-    self_checked,
-)
+from experiments.harness.experiment import SHORTEST, Checked, Experiment, Ids, Settings, Start, Study
 from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables
 from experiments.harness.verdicts import Verdict, describe_entry
+from experiments.harness.writing import can_draw
 from experiments.page.figures import Figures
 from minigpt import GPT2, Sweep, sweep
 from minigpt.engine import StreamOverflowError

@@ -18,8 +18,9 @@ import typer
 from torch import Tensor
 
 from experiments.harness.command import command
-from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt, self_checked
+from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt
 from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import (
     MOST,
