@@ -103,7 +103,7 @@ def test_texts_that_cannot_be_read_are_a_sentence(
         (["--limit", "0"], "1 window or more"),
         (["--matmul-precision", "low"], "highest, high, medium"),
         (["--max-bytes", "1000"], "max_bytes is 1000"),
-        (["--heads", "0"], "site 'head'"),
+        (["--heads", "0"], "scaled as a whole"),
         (["--prompt", "The sea."], "one of them"),
         (["--positions", "16"], "17 tokens or more"),
     ],

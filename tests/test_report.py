@@ -195,7 +195,7 @@ def shown_and_written(
         {"factors": (0.5, 0.75, 1.0, 1.5)},
         {"factors": (1.5, 0.0), "site": "attention"},
         {"factors": (0.5, 1.5), "site": "mlp", "positions": (3,)},
-        {"factors": (0.5, 1.5), "site": "head", "heads": (2, 0)},
+        {"factors": (0.5, 1.5), "site": "head", "indices": (2, 0)},
         {"factors": (0.5, 1.5), "predictions": False},
     ],
     ids=str,

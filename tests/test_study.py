@@ -310,7 +310,7 @@ def test_positions_and_heads_can_be_chosen(run: Run, tmp_path: Path) -> None:
     assert run(*grid)[0] == 0
     assert {row["head"] for row in rows_of(tmp_path / "out")} == {"0", "2"}
     settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
-    assert (settings["heads"], settings["positions"]) == ([0, 2], [3])
+    assert (settings["indices"], settings["positions"]) == ([0, 2], [3])
     first = [
         float(row["value"]) for row in rows_of(tmp_path / "out", positions="first", metric="frobenius", factor=0.0)
     ]

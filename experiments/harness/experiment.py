@@ -19,11 +19,11 @@ import torch
 from experiments.harness.corpus import Texts
 from experiments.harness.options import Options, parse_indices
 from experiments.harness.table import Row, Tables
-from experiments.harness.verdicts import Verdict
+from experiments.harness.verdicts import Verdict, counted
 from experiments.page.figures import Figures
 from minigpt import GPT2, Tokenizer, parity
 from minigpt.model import block_name
-from minigpt.parameters import parameter_name
+from minigpt.parameters import Native, natives, parameter_name
 
 PROMPT = "The old gentleman sat down by the fire, and read the letter which his daughter had sent him."
 WINDOWS = "windows"
@@ -94,17 +94,31 @@ class Start(Generic[Asked]):
 
     def site(self, given: str) -> str:
         """A site that the model has. Raises ValueError for another."""
-        parameter_name(self.model, 0, given)
-        return given
+        return self.native(given).site
 
     def layers(self, given: str) -> tuple[int, ...]:
         """The layers of a list."""
         return parse_indices(given, self.model.config.n_layer, "layer")
 
-    def indices(self, given: str, what: str) -> tuple[int, ...] | None:
-        """The indices of a list, or None for `all`: of heads or positions."""
-        count = {"head": self.model.config.n_head, "position": self.model.config.n_positions}[what]
-        return None if given == "all" else parse_indices(given, count, what)
+    def positions(self, given: str) -> tuple[int, ...] | None:
+        """The positions of a list, or None for `all`."""
+        return None if given == "all" else parse_indices(given, self.model.config.n_positions, "position")
+
+    def indices(self, given: str, site: str) -> tuple[int, ...] | None:
+        """Which entries of a site a list names, such as heads, or None for `all`.
+
+        Raises ValueError for a list where the site has no entries of its own.
+        """
+        native = self.native(site)
+        if given == "all":
+            return None
+        if native.index is None:
+            raise ValueError(f"--indices {given}: the site {site!r} is scaled as a whole, so leave --indices out.")
+        return parse_indices(given, native.entries(self.model.config), native.index, "--indices")
+
+    def native(self, site: str) -> Native:
+        """The declaration of a site's scale. Raises ValueError for a site that the model does not have."""
+        return natives(self.model)[parameter_name(self.model, 0, site)]
 
 
 def default_max_bytes(device: torch.device) -> int:
@@ -171,7 +185,7 @@ class Study(Generic[Raw]):
     def basis(self) -> str:
         """What the numbers rest on, in words."""
         if self.counts:
-            return f"mean over {self.counts['windows']} windows, with its 95 % interval"
+            return f"mean over {counted(self.counts['windows'], 'window')}, with its 95 % interval"
         return f"one prompt of {len(self.tokens)} tokens"
 
 

@@ -15,7 +15,7 @@ from experiments.harness.corpus import BOOTSTRAP
 from experiments.harness.experiment import FEW_ROWS, REPORT, WINDOWS, Experiment, Raw, Study, tables_and_charts
 from experiments.harness.output import MOST_SUMMARY, SUMMARY, results_in
 from experiments.harness.running import versions
-from experiments.harness.verdicts import Verdict, lines_of
+from experiments.harness.verdicts import Verdict, counted, lines_of
 from experiments.page.figures import save_figures
 from minigpt.files import printable, read_json
 
@@ -95,8 +95,9 @@ def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterat
     shape = f"{study.n_layer} blocks, {study.model['config']['n_embd']} wide"
     counts = study.counts
     ran = (
-        f"{counts['windows']} windows of up to {settings.texts.window} tokens ({counts['tokens']} tokens of "
-        f"{counts['texts']} texts; {counts['skipped']} pieces of less than {settings.texts.shortest} skipped)"
+        f"{counted(counts['windows'], 'window')} of up to {settings.texts.window} tokens ({counts['tokens']} tokens of "
+        f"{counted(counts['texts'], 'text')}; {counted(counts['skipped'], 'piece')} of fewer than "
+        f"{settings.texts.shortest} tokens left out)"
         if settings.texts
         else f"prompt of {len(study.tokens)} tokens:"
     )
