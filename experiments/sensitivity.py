@@ -6,9 +6,9 @@ One table, layer x site, from a few forward-mode passes; no factor is chosen. Se
 each number is: a first derivative with respect to log s, and for kl and correlation, which start flat, a second.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,11 @@ from experiments.harness.command import command, start
 from experiments.harness.experiment import Experiment, Ids, Settings, Start, Study
 from experiments.harness.options import Options
 from experiments.harness.table import Row, Table, Tables, by_measure
+from experiments.harness.verdicts import readable, site_in_words
 from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Sensitivity, sensitivity
 from minigpt.measures import OF_PREDICTIONS, Measure
+from minigpt.model import SITES
 from minigpt.sensitivity import DEFAULT_SITES, SENSITIVITIES
 
 UNITS: dict[str, str] = {"kl": "nats per (log s)^2", "correlation": "per (log s)^2", "loss_change": "nats per log s"}
@@ -30,7 +32,9 @@ class SensitivityOptions(Options):
     """Differentiate every measure with respect to every layer's scales, at 1."""
 
     measure: Annotated[str, typer.Option(help=f"the table to print: {' | '.join(SENSITIVITIES)}")] = "kl"
-    sites: Annotated[str, typer.Option(help="output,attention,mlp, and head for every head")] = ",".join(DEFAULT_SITES)
+    sites: Annotated[str, typer.Option(help=f"some of {','.join(SITES)}, or others of the model's block")] = ",".join(
+        DEFAULT_SITES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,8 @@ class Sensitivities(Experiment[Sensitivity]):
         return sensitivity(model, ids, self.settings.sites, self.settings.max_bytes)
 
     def measure(self, model: GPT2, raw: Sensitivity) -> Tables:  # noqa: ARG002
-        """`values` [text, positions, metric, scale, depth]."""
-        return {"values": by_measure(raw, SENSITIVITIES, scale=raw.scales)}
+        """`values` [text, positions, metric, scale, depth]; the columns of a scale are those of the result's axes."""
+        return {"values": by_measure(raw, SENSITIVITIES, scale=raw.axes[0])}
 
     def rows(self, study: Study[Sensitivity]) -> Iterator[Row]:
         """Every derivative at every place."""
@@ -76,24 +80,25 @@ class Sensitivities(Experiment[Sensitivity]):
     def table(self, study: Study[Sensitivity], name: Measure) -> Table:
         """A measure over all positions but the first: of predictions at the end, of the stream at the last depth.
 
-        [layer, site], a site being a head where heads were asked for.
+        [layer, site]; where a site has several entries, each is one, such as `head 3`.
         """
         depth = "final" if name in OF_PREDICTIONS else study.n_layer
         values, layers = study.tables["values"].at(positions="rest", metric=name, depth=depth), range(study.n_layer)
-        first = [scale for scale in values.axes["scale"] if scale.layer == 0]
-        sites = [scale.site if scale.head is None else f"head {scale.head}" for scale in first]
+        first = [scale for scale in values.axes["scale"] if scale["layer"] == 0]
+        sites = [_site_of(scale) for scale in first]
         return values.split("scale", layer=layers, site=sites)
 
     def lines(self, study: Study[Sensitivity], columns: int) -> Iterator[str]:
         """The table layer x site of the chosen measure."""
         table = self.table(study, self.printed)
         names = table.axes["site"]
-        shown = names[: max(1, (columns - 7) // 12)]
-        left_out = f"; {len(names) - len(shown)} more columns are in sensitivity.csv" if len(shown) < len(names) else ""
+        width = 2 + max(10, *map(len, names))
+        count = max(1, (columns - 7) // width)
+        left_out = f"; sensitivity.csv has {len(names) - count} more columns" if count < len(names) else ""
         yield f"{self.printed}, {_unit(self.printed)}, all positions but the first, at the end{left_out}:"
-        yield f"{'layer':>5}  " + "".join(f"{name:>12}" for name in shown)
+        yield f"{'layer':>5}  " + "".join(f"{name:>{width}}" for name in names[:count])
         for layer, row in enumerate(table.value.tolist()):
-            yield f"{layer:>5}  " + "".join(f"{value:>12.4g}" for value in row[: len(shown)])
+            yield f"{layer:>5}  " + "".join(f"{readable(value):>{width}}" for value in row[:count])
 
     def figures(self, study: Study[Sensitivity]) -> Figures:
         """Layer x site, of each measure."""
@@ -117,6 +122,13 @@ class Sensitivities(Experiment[Sensitivity]):
         return Figures(
             [figure], {"table": dataset(rows, "layer", range(study.n_layer))}, {"table": layers}, [control], titles
         )
+
+
+def _site_of(scale: Mapping[str, Any]) -> str:
+    """The site of a label of the axis `scale`, in words."""
+    return site_in_words(
+        scale["site"], {name: of for name, of in scale.items() if name not in ("layer", "site") and of != ""}
+    )
 
 
 def _unit(name: str) -> str:

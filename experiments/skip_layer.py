@@ -18,7 +18,7 @@ from experiments.harness.command import command, start
 from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study
 from experiments.harness.options import Layers, Options
 from experiments.harness.table import Row, Tables, by_measure, by_text
-from experiments.harness.verdicts import Decision, Verdict
+from experiments.harness.verdicts import Decision, Verdict, readable
 from experiments.page.figures import Control, Figure, Figures, dataset, place_names
 from minigpt import GPT2, Comparison, compare, parity
 from minigpt.measures import Measure
@@ -125,7 +125,7 @@ class SkipLayer(Experiment[Comparison]):
         yield f"{'skipped':>14}  " + "".join(f"{name:>22}" for name in found)
         for skipped in self.skipped:
             values = (float(table.at(skipped=skipped).value) for table in found.values())
-            yield f"{skipped:>14}  " + "".join(f"{value:>22.4g}" for value in values)
+            yield f"{skipped:>14}  " + "".join(f"{readable(value):>22}" for value in values)
         yield ""
 
     def figures(self, study: Study[Comparison]) -> Figures:

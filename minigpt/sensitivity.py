@@ -4,9 +4,9 @@ Forward-mode differentiation through the scales: a scale is a dual number 1 + e,
 derivative J. A scale is a run like any other, with J in the place of the difference.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ SENSITIVITIES: tuple[Measure, ...] = tuple(name for name in MEASURES if name not
 DEFAULT_SITES = ("output", "attention", "mlp")
 
 
-class Scale(NamedTuple):
+@dataclass(frozen=True)
+class Scale:
     """One scale of a model."""
 
     layer: int
     site: str
-    head: int | None = None
+    index: int | None = None
+    """Of the site's entry, such as a head, where the site has several."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,17 @@ class Sensitivity(Result):
     """
 
     scales: tuple[Scale, ...]
+    counted: Mapping[str, str]
+    """What the index of a site counts, for every site that has one: {"head": "head"}."""
 
     @property
     def axes(self) -> tuple[Labels, ...]:
-        """The scales."""
-        return ([{**scale._asdict(), "head": "" if scale.head is None else scale.head} for scale in self.scales],)
+        """The scales: layer, site, and a column for all that indices count, empty where a site has no such index."""
+        words = dict.fromkeys(self.counted.values())
+        return ([{"layer": of.layer, "site": of.site, **self._entry(of, words)} for of in self.scales],)
+
+    def _entry(self, scale: Scale, words: Iterable[str]) -> dict[str, Any]:
+        return {word: scale.index if self.counted.get(scale.site) == word else "" for word in words}
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -80,7 +88,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Differentiate texts' streams and predictions with respect to log s of every scale, at s = 1.
 
-    `ids`, `max_bytes` and `progress` are as in `sweep`. The site `head` adds every head of every layer.
+    `ids`, `max_bytes` and `progress` are as in `sweep`. A site with an index adds all its entries: every head.
 
     Raises ValueError for a site that does not exist, ids out of range, a model that is not clean, and when
     `max_bytes` is too little for a single scale.
@@ -93,12 +101,13 @@ def sensitivity(
     declared = {site: natives(model)[parameter_name(model, 0, site)] for site in chosen}
     entries = {site: range(of.entries(model.config)) if of.index else (None,) for site, of in declared.items()}
     layers = range(model.config.n_layer)
-    scales = tuple(Scale(layer, site, head) for layer in layers for site in chosen for head in entries[site])
+    scales = tuple(Scale(layer, site, index) for layer in layers for site in chosen for index in entries[site])
+    counted = {site: of.index for site, of in declared.items() if of.index}
     with forward_ad.dual_level():
-        runs = [{parameter_name(model, of.layer, of.site): _dual(model, declared[of.site], of.head)} for of in scales]
+        runs = [{parameter_name(model, of.layer, of.site): _dual(model, declared[of.site], of.index)} for of in scales]
         job = Job.checked(model, ids, runs, _derivatives, tangents=True, named="scale {}".format)
         statistics = run(job, Cells.in_a_row(len(scales)), max_bytes, progress)
-    return Sensitivity(job.ids.cpu(), statistics, scales)
+    return Sensitivity(job.ids.cpu(), statistics, scales, counted)
 
 
 def _dual(model: GPT2, native: Native, index: int | None) -> Tensor:

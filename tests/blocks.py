@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.cache import KeyValueCache
-from minigpt.model import Attention, Block
+from minigpt.model import MLP, Attention, Block
+from minigpt.parameters import Native
 
 
 class Parallel(Block):
@@ -46,6 +47,22 @@ class Rotary(Block):
 
     attention_class = RotaryAttention
     position_embedding = False
+
+
+class NeuronMLP(MLP):
+    """Every neuron has a scale of its own, after the activation."""
+
+    native = (*MLP.native, Native("neuron_scale", ("batch", "position", "mlp_width"), index="neuron"))
+    neuron_scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.neuron_scale * self.activation(self.expand(x)))
+
+
+class Neurons(Block):
+    """GPT-2's block with one more site, whose index counts neurons."""
+
+    mlp_class = NeuronMLP
 
 
 BLOCKS: tuple[type[Block], ...] = (Parallel, RMSNorm, Rotary)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from experiments.harness import corpus, experiment
+from experiments.harness import corpus, experiment, running, writing
 from experiments.harness.corpus import read_texts
 from experiments.harness.ranks import Ranks
 from experiments.harness.table import Tables, by_text
@@ -140,9 +140,10 @@ class Corpus:
 
     quick: ClassVar[dict[str, Any]] = {
         "experiments.harness.corpus.RESAMPLES": 50,
-        "experiments.harness.experiment._draw": lambda *_: None,
-        "experiments.harness.experiment.code_digest": lambda *_: "code",
-        "experiments.harness.experiment.versions": dict,
+        "experiments.harness.writing._draw": lambda *_: None,
+        "experiments.harness.running.code_digest": lambda *_: "code",
+        "experiments.harness.running.versions": dict,
+        "experiments.harness.writing.versions": dict,
         "minigpt.files.os.fsync": lambda _: None,
     }
 
@@ -180,11 +181,11 @@ class Corpus:
         texts = corpus.Texts.of(self.home / "texts.txt", "text", 8, None, 3)
         asked = experiment.Settings(model="tiny", prompt=None, parity=False, texts=texts)
         with ExitStack() as held:
-            study = experiment.run_over_corpus(
+            study = running.run_over_corpus(
                 Tiny(asked), self.model, self.tokenizer, self.output, Ranks(), held, overwrite
             )
             assert study is not None
-            experiment.write(Tiny(asked), study, self.output)
+            writing.write(Tiny(asked), study, self.output)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

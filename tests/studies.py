@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from experiments import sensitivity, skip_layer
 from experiments.divergence import study as divergence
 from experiments.harness import experiment as harness
+from experiments.harness import running
 from experiments.harness.corpus import Texts
 from experiments.harness.ranks import Ranks
 from experiments.page.figures import Figures
@@ -96,13 +97,13 @@ def ran(name: str, corpus: bool = False) -> Ran:
     settings = partial(of, model="small", parity=False, dtype="float64", **asked)
     if not corpus:
         experiment = kind(settings(prompt=PROMPT))
-        study = harness.run_prompt(experiment, small_model(), LETTERS)
+        study = running.run_prompt(experiment, small_model(), LETTERS)
         return Ran(experiment, study, experiment.figures(study))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         path = Path(folder) / "texts.txt"
         path.write_text("\n".join(TEXTS))
         texts = Texts.of(path, "text", 16, None, harness.SHORTEST)
         experiment = kind(settings(prompt=None, texts=texts))
-        found = harness.run_over_corpus(experiment, small_model(), LETTERS, Path(folder) / "out", Ranks(), held)
+        found = running.run_over_corpus(experiment, small_model(), LETTERS, Path(folder) / "out", Ranks(), held)
     assert found is not None
     return Ran(experiment, found, experiment.figures(found))

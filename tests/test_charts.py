@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("altair")
 
-from experiments.harness import experiment as harness
+from experiments.harness import writing
 from experiments.harness.options import parse_indices
 from experiments.page import report
 from experiments.page.figures import label_of, rounded
@@ -593,7 +593,7 @@ def test_factors_that_are_nearly_the_same_are_told_apart_in_words_and_in_the_ter
     assert "scaled by 0.9999999:" in "\n".join(loss.experiment.lines(loss.study, 80))
     assert any("At factor 0.9999999," in verdict.evidence for verdict in loss.experiment.verdicts(loss.study))
     assert any("at factor 0.9999999;" in verdict.evidence for verdict in loss.experiment.verdicts(loss.study))
-    assert dict(report._facts(harness.summary(run.experiment, run.study)))["factors"] == ", ".join(NEAR)
+    assert dict(report._facts(writing.summary(run.experiment, run.study)))["factors"] == ", ".join(NEAR)
 
 
 @pytest.mark.parametrize(("name", "labels"), [("near", NEAR), ("layers", ["0.75", "1.75", "1", "0.5"])])

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.divergence import study as divergence
-from experiments.harness import experiment as harness
+from experiments.harness import writing
 from experiments.harness.corpus import (
     SHARD_WINDOWS,
     STATISTICS,
@@ -55,7 +55,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the study on weights/tiny with these arguments added, without drawing."""
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     return lambda *arguments: run_main(divergence.main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -121,7 +121,7 @@ def test_texts_that_cannot_be_read_are_a_sentence(
         (["--limit", "0"], "1 window or more"),
         (["--matmul-precision", "low"], "highest, high, medium"),
         (["--max-bytes", "1000"], "max_bytes is 1000"),
-        (["--heads", "0"], "site 'head'"),
+        (["--heads", "0"], "scaled as a whole"),
         (["--prompt", "The sea."], "one of them"),
         (["--positions", "16"], "17 tokens or more"),
     ],

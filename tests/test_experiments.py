@@ -1,8 +1,10 @@
 """Token loss, skip a layer and sensitivity, as a person runs them: numbers beside runs of their own."""
 
+import copy
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch
 import torch.nn.functional as F
 
 from experiments import sensitivity, skip_layer
-from experiments.harness import experiment as harness
+from experiments.divergence import study as divergence
+from experiments.harness import writing
 from experiments.harness.command import command
+from experiments.harness.corpus import Texts
+from experiments.harness.experiment import Checked, Experiment, Ids, Start, Study
+from experiments.harness.options import Options
+from experiments.harness.running import run_prompt
 from experiments.harness.table import Table, Tables, by_text, of_text
 from experiments.token_loss import study as token_loss
-from minigpt import GPT2, Comparison, Tokenizer, compare, scaled
-from minigpt.model import Block
-from tests.conftest import TINY
+from minigpt import GPT2, Comparison, GPT2Config, Tokenizer, compare, scaled
+from minigpt.model import SITES, Block
+from tests.blocks import Neurons
+from tests.conftest import SMALL, TINY, draw
 from tests.test_study import run_main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -29,7 +37,7 @@ PROMPT, TARGET = "The old man opened the door and looked out at the", " sea"
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run an experiment by name on weights/tiny, without figures and report."""
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     return lambda name, *arguments: run_main(MODULES[name].main, monkeypatch, capfd, "--model", TINY, *arguments)
 
 
@@ -111,7 +119,7 @@ def test_without_a_target_the_prompts_last_token_is_it(run: Run, tmp_path: Path)
         (["--target", " unbelievableness"], "tokens ("),
         (["--target", ""], "is 0 tokens"),
         (["--target", "eyes"], "give one token: ' eyes' is one"),
-        (["--site", "head"], "scales whole layers"),
+        (["--site", "head"], "every head has a scale of its own"),
         (["--prompt", ""], "empty"),
         (["--factors", "nan"], "finite"),
         (["--layers", "12"], "layers 0 to 11"),
@@ -139,9 +147,11 @@ def loss_verdicts(half: float = 0.0, factors: tuple[float, ...] = (0.6,), **foun
     experiment = token_loss.TokenLoss(token_loss.LossSettings(model="", prompt="", layers=layers, factors=factors))
     tables = {
         name: Table(of.axes, of.value, {"low": of.value - half, "high": of.value + half} if half else {})
-        for name, of in of_text(token_loss.tables_of(values, {"layer": layers, "factor": factors})).items()
+        for name, of in of_text(
+            token_loss.tables_of(values, {"layer": layers, "factor": factors}, torch.zeros(1))
+        ).items()
     }
-    study = harness.Study(experiment.settings, {}, ["a", "b"], {}, harness.Checked(), tables, None, None)  # type: ignore[arg-type]
+    study = Study(experiment.settings, {}, ["a", "b"], {}, Checked(), tables, None, None)  # type: ignore[arg-type]
     return {verdict.number: verdict.verdict for verdict in experiment.verdicts(study)}
 
 
@@ -314,12 +324,12 @@ def test_windows_of_another_experiment_are_refused(run: Run, texts: Path, tmp_pa
     assert (code, "other settings" in err, err.count("\n")) == (2, True, 1)
 
 
-class Least(harness.Experiment[Comparison]):
+class Least(Experiment[Comparison]):
     """As little as an experiment can be."""
 
     name, question = "least", "Block 5 is halved: does it matter?"
 
-    def run(self, model: GPT2, ids: harness.Ids, alone: bool) -> Comparison:
+    def run(self, model: GPT2, ids: Ids, alone: bool) -> Comparison:
         return compare(model, ids, [{"blocks.5.output_scale": 0.5}], predictions=True)
 
     def measure(self, model: GPT2, raw: Comparison) -> Tables:
@@ -424,6 +434,196 @@ def test_memory_that_is_too_little_is_a_sentence(run: Run, tmp_path: Path, name:
     code, out, err = run(name, "--max-bytes", "1000", "--output", tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "max_bytes is 1000" in err
+
+
+# Sites and indices as the model declares them.
+
+
+@pytest.fixture(scope="module")
+def neurons() -> GPT2:
+    """A small random model whose MLPs have five neurons, each with a scale; float64, the tokenizer's vocabulary."""
+    vocabulary = Tokenizer.from_pretrained(TINY).vocab_size
+    return draw(GPT2Config(**{**SMALL, "vocab_size": vocabulary, "n_inner": 5}), block=Neurons)
+
+
+def study_of(experiment: Experiment[Any], model: GPT2) -> Study[Any]:
+    return run_prompt(experiment, model, Tokenizer.from_pretrained(TINY))
+
+
+def begun(model: GPT2, options: Options) -> Start[Any]:
+    return Start(model, Tokenizer.from_pretrained(TINY), options, torch.device("cpu"))
+
+
+def test_a_site_whose_index_counts_neurons_has_a_column_of_that_name(neurons: GPT2) -> None:
+    options = divergence.GridOptions(
+        prompt=PROMPT, layers="1", factors="0,2", site="neuron", indices="3,0", no_parity=True, dtype="float64"
+    )
+    study = study_of(experiment := divergence.Divergence.from_options(begun(neurons, options)), neurons)
+    rows = list(experiment.rows(study))
+    assert list(rows[0]) == ["model", "site", "layer", "neuron", "factor", "depth", "positions", "metric", "value"]
+    assert {(row["site"], row["layer"], row["neuron"]) for row in rows} == {("neuron", 1, 3), ("neuron", 1, 0)}
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
+    silenced = torch.ones(5, dtype=torch.float64).index_fill(0, torch.tensor([3]), 0)
+    with torch.no_grad():
+        clean = neurons.residuals(ids)
+        with scaled(neurons, {"blocks.1.mlp.neuron_scale": silenced}):
+            expected = float((neurons.residuals(ids) - clean)[4, 0, 1:].norm())
+    wanted = {"neuron": 3, "factor": 0.0, "depth": 4, "positions": "rest", "metric": "frobenius"}
+    (found,) = (row["value"] for row in rows if wanted.items() <= row.items())
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert [verdict.to_json()["neuron"] for verdict in experiment.verdicts(study)] == [3] * 5 + [0] * 5
+    assert "neuron 3 of block 1" in "\n".join(experiment.lines(study, 100))
+
+
+def test_a_list_of_entries_is_of_what_the_site_counts(neurons: GPT2) -> None:
+    start = begun(neurons, Options())
+    assert start.indices("4,0", "neuron") == (4, 0)
+    assert start.indices("2", "head") == (2,)
+    assert start.indices("all", "neuron") is start.indices("all", "mlp") is None
+    with pytest.raises(ValueError, match=r"--indices 5: 5 is not a neuron; the model has neurons 0 to 4\."):
+        start.indices("5", "neuron")
+    with pytest.raises(ValueError, match="'mlp' is scaled as a whole, so leave --indices out"):
+        start.indices("0", "mlp")
+    with pytest.raises(ValueError, match="expected one of output, attention, mlp, head, neuron"):
+        start.site("query")
+
+
+def test_sensitivities_have_a_column_for_all_that_indices_count(neurons: GPT2) -> None:
+    options = sensitivity.SensitivityOptions(
+        prompt=PROMPT, sites="mlp,neuron,head", measure="frobenius", no_parity=True
+    )
+    experiment = sensitivity.Sensitivities.from_options(begun(neurons, options))
+    study = study_of(experiment, neurons)
+    rows = list(experiment.rows(study))
+    assert list(rows[0]) == ["model", "positions", "metric", "layer", "site", "neuron", "head", "depth", "value"]
+    labels = {(row["site"], row["neuron"], row["head"]) for row in rows}
+    assert labels == {("mlp", "", ""), *(("neuron", n, "") for n in range(5)), *(("head", "", h) for h in range(3))}
+    found = {
+        (row["site"], row["neuron"]): row["value"]
+        for row in rows
+        if {"layer": 2, "metric": "frobenius", "positions": "rest", "depth": 4}.items() <= row.items()
+    }
+    ids, ends = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)]), []
+    for step in (1e-5, -1e-5):
+        value = torch.ones(5, dtype=torch.float64).index_add(0, torch.tensor([4]), torch.tensor([step]).double())
+        with torch.no_grad(), scaled(neurons, {"blocks.2.mlp.neuron_scale": value}):
+            ends.append(neurons.residuals(ids)[4, 0, 1:])
+    assert found["neuron", 4] == pytest.approx(float((ends[0] - ends[1]).norm()) / 2e-5, rel=1e-6)
+    lines = [line.split() for line in experiment.lines(study, 200)]
+    assert lines[1] == [
+        "layer",
+        "mlp",
+        *" ".join(f"neuron {n}" for n in range(5)).split(),
+        *["head", "0", "head", "1", "head", "2"],
+    ]
+    assert lines[4][6] == f"{found['neuron', 4]:.4g}"
+
+
+def test_token_loss_scales_whole_layers_and_skips_are_of_any_block(neurons: GPT2) -> None:
+    options = token_loss.LossOptions(prompt=PROMPT, site="neuron", no_parity=True)
+    with pytest.raises(ValueError, match="--site neuron: every neuron has a scale of its own there"):
+        token_loss.TokenLoss.from_options(begun(neurons, options))
+    whole = token_loss.TokenLoss.from_options(begun(neurons, replace(options, site="mlp")))
+    assert {row["layer"] for row in whole.rows(study_of(whole, neurons))} == {0, 1, 2, 3}
+    skipped = skip_layer.SkipLayer.from_options(begun(neurons, skip_layer.SkipOptions(prompt=PROMPT, no_parity=True)))
+    assert skipped.verdicts(study_of(skipped, neurons))[0].verdict == "true by construction"
+
+
+@pytest.mark.parametrize("name", ["divergence", "sensitivity"])
+def test_the_help_names_the_sites_that_the_model_declares(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main = {"divergence": divergence.main, "sensitivity": sensitivity.main}[name]
+    code, out, _ = run_main(main, monkeypatch, capfd, "--help")
+    separator = {"divergence": " | ", "sensitivity": ","}[name]
+    assert (code, separator.join(SITES) in out) == (0, True)
+
+
+# The shortest texts, and texts of unequal lengths.
+
+
+def test_what_two_tokens_cannot_have_is_undefined_in_words(run: Run, tmp_path: Path) -> None:
+    """Of two tokens, the second has no successor whose loss could change."""
+    for name, arguments in (("skip_layer", ["--layers", "2"]), ("sensitivity", ["--measure", "loss_change"])):
+        code, out, err = run(name, "--prompt", "The sea", *arguments, "--output", tmp_path / name)
+        assert (code, err) == (0, "")
+        assert "undefined" in out
+        assert "nan" not in out
+    code, out, err = run("token_loss", "--prompt", "The sea", "--output", tmp_path / "loss")
+    assert (code, err) == (0, "")
+    assert "nan" not in out
+
+
+def test_a_factor_that_changes_no_prediction_explains_nothing_in_words(neurons: GPT2) -> None:
+    """The last block's output scale without an epsilon, which the final norm takes back whole."""
+    model = copy.deepcopy(neurons)
+    model.final_norm.eps = 0.0
+    options = token_loss.LossOptions(prompt=PROMPT, layers="3", factors="0.5", no_parity=True)
+    experiment = token_loss.TokenLoss.from_options(begun(model, options))
+    study = study_of(experiment, model)
+    verdict = experiment.verdicts(study)[1]
+    assert (verdict.verdict, verdict.figures["share_of_kl_explained"]) == ("does not hold", [None])
+    assert "is undefined, for there is no kl beyond rounding" in verdict.evidence
+    assert (
+        "0 of 1 layer lower the target's loss, and the fitted temperature is below 1 for 0 of 1 layer"
+        in verdict.evidence
+    )
+    json.dumps(writing.summary(experiment, study), allow_nan=False)
+
+
+UNEQUAL = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19], [20, 21, 22, 23]]
+"""The second is the shortest window of a corpus."""
+ROUNDED = {
+    **dict.fromkeys(("gauge_free", "turning"), 1e-7),
+    **dict.fromkeys(("alignment", "attention_alignment", "mlp_alignment"), 1e-9),
+}
+"""Absolute, in float64: the root of a difference that is 1e-16 where only lengths differ; cosines with a write that is
+almost none. All else is the same to 1e-12 and to 1e-11 of itself: a small kl is a difference of numbers near 10."""
+
+
+@pytest.mark.parametrize("kind", ["divergence", "token_loss", "skip_layer", "sensitivity"])
+def test_windows_of_unequal_lengths_give_what_each_gives_alone(kind: str, model: GPT2) -> None:
+    shared = {"model": "", "prompt": None, "texts": Texts("", "", "text", 7, None, 3), "parity": False}
+    grid = {"layers": (1, 3), "factors": (0.5, 1.0, 1.5)}
+    made: dict[str, Callable[[], Experiment[Any]]] = {
+        "divergence": lambda: divergence.Divergence(divergence.GridSettings(**shared, **grid)),
+        "token_loss": lambda: token_loss.TokenLoss(token_loss.LossSettings(**shared, **grid)),
+        "skip_layer": lambda: skip_layer.SkipLayer(skip_layer.SkipSettings(**shared, layers=(1, 2))),
+        "sensitivity": lambda: sensitivity.Sensitivities(sensitivity.SensitivitySettings(**shared, sites=SITES)),
+    }
+    experiment = made[kind]()
+    together = numbers_of(experiment.measure(model, experiment.run(model, UNEQUAL, alone=False)))
+    for text, ids in enumerate(UNEQUAL):
+        alone = numbers_of(experiment.measure(model, experiment.run(model, [ids], alone=False)))
+        assert alone.keys() == together.keys()
+        for name, expected in alone.items():
+            torch.testing.assert_close(
+                together[name][text], expected[0], equal_nan=True, rtol=1e-11, atol=ROUNDED.get(name, 1e-12)
+            )
+
+
+def numbers_of(tables: Tables) -> dict[str, torch.Tensor]:
+    """Every table's numbers by its name, of several measures by theirs: [text, ...] each."""
+    found = dict[str, torch.Tensor]()
+    for name, table in tables.items():
+        for metric in table.axes.get("metric", ()):
+            found[f"{metric} of {name}" if name == "alone" else metric] = table.at(metric=metric).value
+        if "metric" not in table.axes:
+            found[name] = table.value
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_factor_1_has_no_temperature_in_a_batch_of_unequal_lengths(tiny: GPT2, dtype: torch.dtype) -> None:
+    """The clean run of the batch is rounded otherwise than that of the text alone, which temperatures are fitted to."""
+    model = tiny if dtype == torch.float32 else GPT2.from_pretrained(TINY, dtype=dtype)
+    settings = token_loss.LossSettings(model="", prompt=None, layers=(0, 11), factors=(1.0,))
+    experiment = token_loss.TokenLoss(settings)
+    values = experiment.measure(model, experiment.run(model, UNEQUAL, alone=False))["values"]
+    assert float((values.at(metric="temperature").value - 1).abs().max()) < 1e-12
+    for name in ("kl_from_clean", "kl_after_temperature"):
+        assert float(values.at(metric=name).value.max()) < 1e-12
 
 
 def test_a_target_over_a_corpus_is_refused(run: Run, texts: Path, tmp_path: Path) -> None:

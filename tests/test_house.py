@@ -33,6 +33,8 @@ EXPERIMENTS = (
     ("harness.table", "harness.options", "harness.output", "harness.ranks", "harness.digest"),
     ("harness.verdicts", "harness.corpus"),
     ("harness.experiment",),
+    ("harness.running",),
+    ("harness.writing",),
     ("harness.command",),
     ("divergence.rows", "token_loss.figures"),
     ("divergence.claims", "divergence.figures"),
@@ -86,7 +88,7 @@ def test_the_imports_of_a_function_and_of_a_part_of_a_package_are_seen() -> None
     assert {"divergence.figures", "divergence.claims", "harness.table"} <= imported_by(
         "experiments", "divergence.study"
     )
-    assert {"page.report", "page.figures"} <= imported_by("experiments", "harness.experiment")
+    assert {"page.report", "page.figures"} <= imported_by("experiments", "harness.writing")
     assert "hub" in imported_by("minigpt", "parity")
 
 

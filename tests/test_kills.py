@@ -29,7 +29,7 @@ import torch
 import typer
 
 from experiments.divergence import study as divergence
-from experiments.harness import corpus, experiment
+from experiments.harness import corpus, experiment, writing
 from experiments.tools import train
 from minigpt import GPT2, CheckpointError, GPT2Config, checkpoint, cli, files, hub
 from minigpt.checkpoint import CONFIG, ORIGIN, WEIGHTS
@@ -163,7 +163,7 @@ def lay_out(home: Path) -> None:
 
 def study(output: str, home: str, *options: str) -> None:
     """The study of a small model, without the drawings and with few resamples, which take longer than all the rest."""
-    experiment._draw, corpus.RESAMPLES = lambda *_: None, 50
+    writing._draw, corpus.RESAMPLES = lambda *_: None, 50
     divergence.can_draw = lambda: False
     own = ["--model", f"{home}/m", "--output", output, "--no-parity", "--no-predictions", "--factors", "0.8"]
     sys.argv = ["study", *own, *options]

@@ -19,16 +19,19 @@ import pytest
 
 from experiments import sensitivity, skip_layer
 from experiments.divergence import study as divergence
-from experiments.harness import experiment as harness
+from experiments.harness import writing
 from experiments.harness.corpus import Texts
+from experiments.harness.experiment import PROMPT, SHORTEST
 from experiments.harness.options import parse_numbers
 from experiments.harness.ranks import Ranks
+from experiments.harness.running import run_over_corpus, run_prompt
 from experiments.page.figures import Control, Figure, Figures, standing_alone, token_labels
 from experiments.token_loss import study as token_loss
 from minigpt import GPT2, Sweep, Tokenizer
+from tests import studies
 from tests.conftest import CHROMIUM, TINY
 from tests.seen import SCENE, Chart, series_of, shown
-from tests.studies import PROMPT, ran
+from tests.studies import ran
 from tests.test_study import run_main
 
 pytest.importorskip("altair")
@@ -42,13 +45,13 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-def study_in(folder: Path, prompt: str = harness.PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
+def study_in(folder: Path, prompt: str = PROMPT, factors: str = "0.5:1.5:0.05") -> Path:
     """The study of a prompt, written to a folder; returns its page."""
     numbers = parse_numbers(factors, "--factors")
     settings = divergence.GridSettings(model=str(TINY), prompt=prompt, layers=(2,), factors=numbers)
     experiment = divergence.Divergence(settings)
-    study = harness.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    harness.write(experiment, study, folder)
+    study = run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    writing.write(experiment, study, folder)
     return folder / "report.html"
 
 
@@ -170,7 +173,7 @@ def shown_and_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, texts: Texts | None = None, **grid: Any
 ) -> tuple[Figures, dict[Key, dict[str, str]], Path]:
     """The charts' data of a study of every layer, and the rows of its table."""
-    prompt = None if texts else harness.PROMPT
+    prompt = None if texts else PROMPT
     settings = divergence.GridSettings(
         model=str(TINY), prompt=prompt, texts=texts, parity=False, layers=tuple(range(12)), **grid
     )
@@ -181,13 +184,13 @@ def shown_and_written(
     )
     with ExitStack() as held:
         study = (
-            harness.run_over_corpus(experiment, model, tokenizer, folder, Ranks(), held)
+            run_over_corpus(experiment, model, tokenizer, folder, Ranks(), held)
             if texts
-            else harness.run_prompt(experiment, model, tokenizer)
+            else run_prompt(experiment, model, tokenizer)
         )
     assert study is not None
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
-    harness.write(experiment, study, folder)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
+    writing.write(experiment, study, folder)
     return experiment.figures(study), written(folder), folder
 
 
@@ -197,7 +200,7 @@ def shown_and_written(
         {"factors": (0.5, 0.75, 1.0, 1.5)},
         {"factors": (1.5, 0.0), "site": "attention"},
         {"factors": (0.5, 1.5), "site": "mlp", "positions": (3,)},
-        {"factors": (0.5, 1.5), "site": "head", "heads": (2, 0)},
+        {"factors": (0.5, 1.5), "site": "head", "indices": (2, 0)},
         {"factors": (0.5, 1.5), "predictions": False},
     ],
     ids=str,
@@ -268,7 +271,7 @@ def test_every_number_of_a_corpus_page_is_one_of_the_table_with_its_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "texts.txt").write_text("The old man opened the door.\nThe sea was quiet.\nHe was not afraid of it.\n")
-    texts = Texts.of(tmp_path / "texts.txt", "text", 16, None, harness.SHORTEST)
+    texts = Texts.of(tmp_path / "texts.txt", "text", 16, None, SHORTEST)
     figures, rows, _ = shown_and_written(tmp_path / "out", monkeypatch, texts, factors=(0.5, 1.5))
     assert differing(figures, rows) == []
     assert len({column for _, _, column, _ in on_the_page(figures)}) == 3
@@ -549,8 +552,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Pat
     def made(name: str, corpus: bool) -> Path:
         folder = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(harness, "save_figures", lambda *_: None)
-            harness.write(ran(name, corpus).experiment, ran(name, corpus).study, folder)
+            patch.setattr(writing, "save_figures", lambda *_: None)
+            writing.write(ran(name, corpus).experiment, ran(name, corpus).study, folder)
         return folder / "report.html"
 
     return made
@@ -675,7 +678,7 @@ def test_the_words_of_a_page_are_those_of_its_summary(
     checks = page.locator("#run ~ details li").all_text_contents()
     assert checks == [check["claim"] for check in summary["checks"]]
     tokens = page.locator(".tokens li").all_inner_texts()
-    letters = [letter.replace(" ", "\u00b7") for letter in PROMPT]
+    letters = [letter.replace(" ", "\u00b7") for letter in studies.PROMPT]
     says_what_was_run(page, name, corpus)
     assert tokens == ([] if corpus else [f"{position}{letter}" for position, letter in enumerate(letters)])
 

@@ -57,7 +57,7 @@ def test_every_layer_and_site_comes_at_once(model: GPT2) -> None:
     scales = sum(natives(model)[parameter_name(model, 0, site)].entries(model.config) for site in SITES)
     assert scales >= 3 + 3  # output, attention, mlp and three heads
     assert found.measure("frobenius", "rest").shape == (4 * scales, 6, 2)
-    assert [scale.head for scale in found.scales if scale.site == "head" and scale.layer == 1] == [0, 1, 2]
+    assert [scale.index for scale in found.scales if scale.site == "head" and scale.layer == 1] == [0, 1, 2]
 
 
 def test_an_only_head_without_a_bias_moves_all_that_its_attention_moves(small: Callable[..., GPT2]) -> None:

@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from experiments.divergence import claims
 from experiments.divergence import study as divergence
 from experiments.divergence.rows import measured
-from experiments.harness import experiment as harness
+from experiments.harness import writing
+from experiments.harness.experiment import PROMPT
 from experiments.harness.options import parse_indices, parse_numbers
 from experiments.harness.output import results_in
+from experiments.harness.running import run_prompt
 from experiments.harness.table import Table, Tables, of_text
 from experiments.harness.verdicts import Decision, Verdict
 from experiments.tools import train
@@ -64,7 +66,7 @@ def run_whole(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 @pytest.fixture
 def run(run_whole: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The same without the figures and the report, which take longer than all the rest."""
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     return run_whole
 
 
@@ -73,10 +75,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of the default study."""
     folder = tmp_path_factory.mktemp("study") / "results"
     factors = parse_numbers("0.5:1.5:0.05", "--factors")
-    settings = divergence.GridSettings(model=str(TINY), prompt=harness.PROMPT, layers=(2,), factors=factors)
+    settings = divergence.GridSettings(model=str(TINY), prompt=PROMPT, layers=(2,), factors=factors)
     experiment = divergence.Divergence(settings)
-    study = harness.run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
-    harness.write(experiment, study, folder)
+    study = run_prompt(experiment, GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY))
+    writing.write(experiment, study, folder)
     return folder
 
 
@@ -104,7 +106,7 @@ def test_the_table_is_tidy_and_whole(finished: Path) -> None:
 
 def test_an_independent_computation_with_a_hook_gives_the_same_frobenius(finished: Path) -> None:
     theirs = parity.load_transformers(TINY, torch.float32)
-    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(harness.PROMPT)])
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
     clean = streams_by_hook(theirs, ids, 1.0)
     for factor in (0.5, 0.75, 1.5):
         expected = (streams_by_hook(theirs, ids, factor) - clean)[:, 0, 1:].flatten(1).norm(dim=1)
@@ -128,7 +130,7 @@ def test_the_summary_says_what_ran_and_what_came_of_it(finished: Path) -> None:
     assert all(check["passed"] for check in summary["checks"])
     assert [verdict["number"] for verdict in summary["verdicts"]] == [1, 2, 3, 4, 5]
     assert summary["versions"]["torch"] == torch.__version__
-    assert "".join(summary["tokens"]) == harness.PROMPT
+    assert "".join(summary["tokens"]) == PROMPT
 
 
 def test_the_saved_sweep_holds_the_numbers_of_the_table(finished: Path) -> None:
@@ -299,7 +301,7 @@ def test_positions_and_heads_can_be_chosen(run: Run, tmp_path: Path) -> None:
     assert run(*grid)[0] == 0
     assert {row["head"] for row in rows_of(tmp_path / "out")} == {"0", "2"}
     settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
-    assert (settings["heads"], settings["positions"]) == ([0, 2], [3])
+    assert (settings["indices"], settings["positions"]) == ([0, 2], [3])
     first = [
         float(row["value"]) for row in rows_of(tmp_path / "out", positions="first", metric="frobenius", factor=0.0)
     ]
@@ -510,7 +512,7 @@ def test_scaling_position_0_alone_is_told_from_scaling_the_others(finished: Path
     summary = json.loads((finished / "summary.json").read_text())
     figures = summary["verdicts"][3]["figures"]
     assert figures["alone_factors"] == [0.5, 1.5]
-    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(harness.PROMPT)])
+    ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
     model = GPT2.from_pretrained(TINY)
     for who, positions in (("position_0", [0]), ("others", range(1, ids.shape[1]))):
         alone = sweep(model, ids, [2], [0.5, 1.5], positions=positions, predictions=True).statistics

@@ -26,8 +26,8 @@ pytest.importorskip("vl_convert")
 
 from experiments.divergence import claims
 from experiments.divergence.study import Divergence, GridSettings
-from experiments.harness.experiment import run_prompt
 from experiments.harness.options import parse_numbers
+from experiments.harness.running import run_prompt
 from experiments.tour import charts, tour
 from tests import seen
 from tests.seen import Chart, rgb

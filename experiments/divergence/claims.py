@@ -31,6 +31,7 @@ from experiments.harness.verdicts import (
     above,
     all_of,
     below,
+    counted,
     figures_of,
     within,
 )
@@ -44,6 +45,9 @@ DILUTED = (
 )
 TURNED_BACK = (
     "The change grows in length, but turns back towards the clean direction, and direction is all that a block reads."
+)
+UNCHANGED_SOMEWHERE = (
+    "For some factor scaling changes nothing that this claim could follow: a difference of exactly 0 has no ratio."
 )
 WHO = ("position_0", "others")
 ALONE_MEASURES: tuple[Measure, ...] = ("frobenius", "kl")
@@ -59,8 +63,9 @@ def evidence(table: Table) -> Tables:
     is also log of `relative` over `passive`; `rising`, the share of later blocks in which it grows; `dilution`, log
     of `relative` at the last depth over that at the site; `turning`, `gauge_free` at the last depth less that after
     the first block that could react; `last_block`, log of what that block multiplies the difference by.
-    `with_first` [text, layer, factor, depth]: log of the difference over all positions over that over the rest, 0
-    before the site; `with_first_mean` [text, layer] its mean over factors and over depths from the site on.
+    `with_first` [text, layer, factor, depth]: log of the difference over all positions over that over the rest;
+    `with_first_mean` [text, layer] its mean over factors and over depths from the site on. What would take the log of
+    0, or of 0 over 0, is not a number.
     """
     names = (("frobenius", "rest"), ("frobenius", "all"), ("relative", "rest"), ("gauge_free", "rest"))
     rest, everything, relative, gauge = (table.at(metric=name, positions=of).value for name, of in names)
@@ -92,7 +97,7 @@ def _mean_from_site(values: Tensor, site: Tensor, factors: Sequence[float]) -> T
     """Mean of [text, layer, factor, depth] over the factors that are not 1, and over depths from the site on."""
     changed = [j for j, factor in enumerate(factors) if factor != 1]
     after = torch.arange(values.shape[-1]) >= site[:, None]
-    return (values[:, :, changed] * after[:, None]).sum((2, 3)) / (len(changed) * after.sum(1))
+    return values[:, :, changed].where(after[:, None], 0.0).sum((2, 3)) / (len(changed) * after.sum(1))
 
 
 def alone(results: Sequence[Sweep]) -> Tables:
@@ -107,10 +112,9 @@ def alone(results: Sequence[Sweep]) -> Tables:
 
 
 def _log(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Log of a ratio; 0 where both are 0, as before the site; not a number where one of them is."""
+    """Log of a ratio; not a number where one of the two is 0, or both are, as before the site."""
     ratio = (numerator / denominator).log()
-    finite = ratio.where(ratio.isfinite(), torch.nan)
-    return finite.where((numerator != 0) | (denominator != 0), 0.0)
+    return ratio.where(ratio.isfinite(), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,9 @@ class Case:
         return [factor for factor in self.tables["values"].axes["factor"] if factor != 1]
 
     def of(self, name: str) -> Table:
-        """Evidence about this site: [factor, ...]."""
-        return self.tables[name].at(layer=self.scaled, factor=self.factors)
+        """Evidence about this site: [factor, ...], or a single number where it is a mean over factors."""
+        table = self.tables[name].at(layer=self.scaled)
+        return table.at(factor=self.factors) if "factor" in table.axes else table
 
     def measure(self, name: Measure) -> Table:
         """A measure over all positions but the first: [factor, depth]."""
@@ -178,11 +183,13 @@ def _decide(decide: Callable[[Case], Decision], case: Case) -> Decision:
     if not case.factors:
         return Decision("undecided", "Only factor 1 was run, which changes nothing.")
     if case.positions == (0,) and decide is not _upstream:
-        return Decision("undecided", "Nothing but position 0 was scaled, and the claims are about the other positions.")
+        return Decision("undecided", "Only position 0 was scaled, and this claim is about the other positions.")
     if decide in (_growth, _last_block) and case.layer == case.n_layer - 1:
         return Decision("undecided", "The scaled block is the last one: no block comes after it.")
     if decide is _growth and case.layer == case.n_layer - 2:
         return Decision("undecided", "Only one block comes after the scaled one: nothing can keep growing.")
+    if not all(bool(case.of(name).value.isfinite().all()) for name in RATIOS.get(decide, ())):
+        return Decision("undecided", UNCHANGED_SOMEWHERE)
     return decide(case)
 
 
@@ -194,8 +201,12 @@ def _ends(case: Case, table: Table, digits: int = 3) -> str:
 
 def _upstream(case: Case) -> Decision:
     holds = case.upstream == 0
-    sentence = "Blocks before the site read the same numbers in both runs, whatever the weights are."
-    said = f"A run of its own differs there by {case.upstream:g}."
+    sentence = (
+        "Blocks before the site read the same numbers in both runs, whatever the weights are."
+        if holds
+        else "A block before the site differs between the two runs, and no weights can explain that."
+    )
+    said = f"In a run of its own, the largest difference before the site is {case.upstream:g}."
     outcome: Outcome = "true by construction" if holds else "does not hold"
     basis = "" if case.tables["values"].windows is None else "a run of its own over the first windows"
     return Decision(outcome, sentence, said, {"largest_difference_upstream": case.upstream}, "all", basis)
@@ -205,17 +216,20 @@ def _jump(case: Case) -> Decision:
     place = case.layer + 1
     curve, norm = case.measure("frobenius").at(depth=place), float(case.norm("of the others together")[place])
     jump, figures = curve.value, {"factors": case.factors, **figures_of(jump=curve), "norm_at_site": norm}
-    ends = label_of(case.factors[0]), label_of(case.factors[-1])
-    said = f"The jump is {jump[0]:.3g} at factor {ends[0]} and {jump[-1]:.3g} at factor {ends[1]}."
+    said, jumps = f"The jump is {_ends(case, curve)}.", bool((jump > 0).all())
+    if not jumps:
+        return Decision("does not hold", "For at least one factor, nothing changes at the site.", said, figures)
     if case.site != "output" or case.positions is not None:
-        outcome: Outcome = "holds" if bool((jump > 0).all()) else "does not hold"
-        return Decision(outcome, "What was scaled is no longer what it was, so the stream is another.", said, figures)
+        return Decision("holds", "What was scaled has changed, and the stream that it is part of.", said, figures)
     expected = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs() * norm
-    agrees = bool(((jump - expected).abs() <= JUMP_TOLERANCE * norm).all() and (jump > 0).all())
+    if bool(((jump - expected).abs() > JUMP_TOLERANCE * norm).any()):
+        return Decision(
+            "does not hold", "The jump is not what multiplying the stream by s must make it.", said, figures
+        )
     sentence = (
         "Multiplying the stream by s changes it by s - 1 times itself: the jump is that, whatever the weights are."
     )
-    return Decision("true by construction" if agrees else "does not hold", sentence, said, figures)
+    return Decision("true by construction", sentence, said, figures)
 
 
 def _growth(case: Case) -> Decision:
@@ -232,19 +246,22 @@ def _growth(case: Case) -> Decision:
     outcome = all_of(sure, never)
     sentence = {
         "holds": "Later blocks add to the change, and turn it away from anything that a norm layer could undo.",
-        "does not hold": "Not for every factor: somewhere the later blocks take back some of the change.",
-        "undecided": "The intervals leave open whether the later blocks add to the change for every factor.",
+        "does not hold": "For at least one factor, the later blocks take back some of the change.",
+        "undecided": "Some intervals include the threshold, so it is undecided whether the later blocks add to the "
+        "change for every factor.",
     }[outcome]
     if bool(sure[:2].all()) and bool(never[2].any()):
         diluted = bool((never[2] & below(dilution, UNCHANGED)).any())
         sentence = DILUTED if diluted else TURNED_BACK
     repair, amplify, other = _signs(case)
     said = (
-        f"Growing in length and in direction for {int(sure.all(0).sum())} of {len(case.factors)} factors. From site to "
-        f"last depth the norm, and so relative over passive, is multiplied by {_ends(case, growth.map(torch.exp))}; "
-        f"beside the stream, which grows by itself, by {_ends(case, dilution.map(torch.exp))}. gauge_free rises by "
-        f"{_ends(case, turning)}. By the sign of carried and written, blocks that repair for every factor: {repair}; "
-        f"that amplify for every factor: {amplify}; neither: {other}."
+        f"The change keeps growing, and turns farther away, for {int(sure.all(0).sum())} of "
+        f"{counted(len(case.factors), 'factor')}. From the site to the last depth its norm, and so relative over "
+        f"passive, is multiplied by {_ends(case, growth.map(torch.exp))}. Relative to the stream, which grows as well, "
+        f"it is multiplied by {_ends(case, dilution.map(torch.exp))}. gauge_free rises by {_ends(case, turning)}. A "
+        f"block repairs if what it writes points against the change that it carries, and amplifies if it points along "
+        f"it. Blocks that repair for every factor: {repair}; that amplify for every factor: {amplify}; that do "
+        f"neither: {other}."
     )
     alignments: tuple[Measure, ...] = ("alignment", "attention_alignment", "mlp_alignment")
     parts = {f"{name}_by_block": case.by_block(name) for name in alignments}
@@ -270,15 +287,16 @@ def _first_token(case: Case) -> Decision:
     """Holds if with position 0 the difference is nearer to 10 times as large than to once, on average over factors
     and over depths from the site on."""
     ratios = case.of("with_first").at(depth=[*range(case.layer + 1, case.n_layer + 1)])
-    mean = case.tables["with_first_mean"].at(layer=case.scaled)
+    mean = case.of("with_first_mean")
     outcome = all_of(above(mean, ORDER_OF_MAGNITUDE), below(mean, ORDER_OF_MAGNITUDE))
     first, others = case.norm("of position 0"), case.norm("mean of the others")
     share = first / others
     peak = int(share.argmax())
     sentence = {
         "holds": "The first token's stream is so long that its change drowns the others'.",
-        "does not hold": "The first token's change is no larger, by an order of magnitude, than the others'.",
-        "undecided": "The interval holds the threshold between one and ten times.",
+        "does not hold": "The first token does not make the change larger by an order of magnitude.",
+        "undecided": "The interval includes the threshold, so it is undecided whether the first token makes the change "
+        "larger by an order of magnitude.",
     }[outcome]
     said = (
         f"With the first token the difference is {within(mean.map(torch.exp))} times as large, averaged over depths "
@@ -318,10 +336,10 @@ def _alone_in_words(case: Case) -> str:
     first, others = (
         [within(found.at(who=who, metric=name, factor=factor)) + UNITS_ALONE[name] for name in names] for who in WHO
     )
-    between = " and the kl of all predictions by "
+    between = ", and the kl of all predictions by "
     return (
-        f" At factor {label_of(factor)}, scaling position 0 alone moves the last depth by {between.join(first)}; "
-        f"scaling all others alone by {between.join(others)}."
+        f" At factor {label_of(factor)}, scaling position 0 alone moves the last depth by {between.join(first)}. "
+        f"Scaling all the others alone moves the last depth by {between.join(others)}."
     )
 
 
@@ -332,15 +350,16 @@ def _last_block(case: Case) -> Decision:
     dropping = int(below(change, UNCHANGED).sum())
     sentence = {
         "holds": "The last block takes back a part of the change.",
-        "does not hold": "The last block does not take the change back for every factor; the final norm alone "
-        "can look like it.",
-        "undecided": "The intervals leave open whether the last block takes back a part of the change.",
+        "does not hold": "The last block does not take back a part of the change for every factor. The final norm can "
+        "make it look as if it did.",
+        "undecided": "Some intervals include the threshold, so it is undecided whether the last block takes back a "
+        "part of the change.",
     }[outcome]
     said = (
-        f"In the last block the raw difference is multiplied by {_ends(case, change.map(torch.exp))}; it drops for "
-        f"{dropping} of {len(case.factors)} factors, and the claim needs all. After the final norm, which "
-        f"transformers lists in the last block's place, it is {curve[0, -1]:.3g} at factor "
-        f"{label_of(case.factors[0])}, where the raw one is {curve[0, -2]:.3g}."
+        f"The last block multiplies the raw difference by {_ends(case, change.map(torch.exp))}. It drops for "
+        f"{dropping} of {counted(len(case.factors), 'factor')}, and the claim needs all. At factor "
+        f"{label_of(case.factors[0])} it is {curve[0, -2]:.3g} after the last block, and {curve[0, -1]:.3g} after the "
+        f"final norm, which transformers lists in the last block's place."
     )
     figures = {
         "factors": case.factors,
@@ -359,3 +378,9 @@ CLAIMS: tuple[tuple[str, Callable[[Case], Decision]], ...] = (
     ("With the first token it is about an order of magnitude larger", _first_token),
     ("It drops at the last block", _last_block),
 )
+RATIOS: dict[Callable[[Case], Decision], tuple[str, ...]] = {
+    _growth: ("growth", "dilution"),
+    _first_token: ("with_first_mean",),
+    _last_block: ("last_block",),
+}
+"""The evidence that each decision rests on and that is not a number where nothing changes."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from experiments.harness.table import Tables, by_measure, by_text
-from experiments.harness.verdicts import describe_entry
+from experiments.harness.verdicts import describe_entry, site_in_words
 from minigpt import Sweep
 from minigpt.measures import MEASURES, OF_PREDICTIONS
 
@@ -41,8 +41,7 @@ def columns_of(scaled: Scaled) -> dict[str, int]:
 
 def in_words(scaled: Scaled, site: str, positions: tuple[int, ...] | None) -> str:
     """What was scaled, in words."""
-    parts = [f"{what} {number}" for what, number in index_of(scaled).items()] or [{"mlp": "MLP"}.get(site, site)]
-    block = f"{parts[0]} of {describe_entry(layer_of(scaled))}"
+    block = f"{site_in_words({'mlp': 'MLP'}.get(site, site), index_of(scaled))} of {describe_entry(layer_of(scaled))}"
     if positions is None:
         return block
     return f"{block} at position{'s' * (len(positions) > 1)} {', '.join(map(str, positions))}"

@@ -20,20 +20,12 @@ from tqdm import tqdm
 from experiments.divergence import claims
 from experiments.divergence.rows import FIRST, LAST, columns_of, in_words, layer_of, measured, scaled_in, tokens_of
 from experiments.harness.command import command
-from experiments.harness.experiment import (
-    SHORTEST,
-    Checked,
-    Experiment,
-    Ids,
-    Settings,
-    Start,
-    Study,
-    can_draw,
-    self_checked,
-)
-from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.experiment import SHORTEST, Checked, Experiment, Ids, Settings, Start, Study
+from experiments.harness.options import SITE, Layers, Options, parse_numbers
+from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables
 from experiments.harness.verdicts import Verdict, describe_entry
+from experiments.harness.writing import can_draw
 from experiments.page.figures import Figures, label_of
 from minigpt import GPT2, Sweep, sweep
 from minigpt.engine import StreamOverflowError
@@ -50,8 +42,10 @@ class GridOptions(Options):
 
     layers: Layers = "2"
     factors: Annotated[str, typer.Option(help="0.5,2 | 0.5:1.5:0.05, both ends included")] = "0.5:1.5:0.05"
-    site: Annotated[str, typer.Option(help="output | attention | mlp | head")] = "output"
-    heads: Annotated[str, typer.Option(help="for the site head: all | 0,3")] = "all"
+    site: Annotated[str, typer.Option(help=SITE)] = "output"
+    indices: Annotated[
+        str, typer.Option("--indices", "--heads", help="of a site that has several, such as head: all | 0,3")
+    ] = "all"
     positions: Annotated[str, typer.Option(help="the positions that alone are scaled: all | 0,3")] = "all"
     no_predictions: Annotated[
         bool, typer.Option("--no-predictions", help="leave out kl and loss, which take the unembedding")
@@ -65,14 +59,14 @@ class GridSettings(Settings):
     layers: tuple[int, ...]
     factors: tuple[float, ...]
     site: str = "output"
-    heads: tuple[int, ...] | None = None
+    indices: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
     predictions: bool = True
 
     def sweep(self, model: GPT2, ids: Ids, progress: bool = False, **other: Any) -> Sweep:
         """Run the grid on some texts; `other` replaces fields of it."""
         asked = {
-            name: getattr(self, name) for name in ("layers", "factors", "site", "heads", "positions", "predictions")
+            name: getattr(self, name) for name in ("layers", "factors", "site", "indices", "positions", "predictions")
         }
         return sweep(model, ids, **{**asked, **other}, max_bytes=self.max_bytes, progress=partial(_bar, progress))
 
@@ -100,13 +94,13 @@ class Divergence(Experiment[Runs]):
     def from_options(cls, begin: Start[GridOptions]) -> "Divergence":
         """The grid that was asked for; a window of a corpus holds every scaled position."""
         asked = begin.options
-        at = begin.indices(asked.positions, "position")
+        at = begin.positions(asked.positions)
         settings = GridSettings(
             **begin.settings(shortest=max(SHORTEST, 1 + max(at or [0]))),
             layers=begin.layers(asked.layers),
             factors=parse_numbers(asked.factors, "--factors"),
             site=begin.site(asked.site),
-            heads=begin.indices(asked.heads, "head"),
+            indices=begin.indices(asked.indices, asked.site),
             positions=at,
             predictions=not asked.no_predictions,
         )
@@ -124,7 +118,7 @@ class Divergence(Experiment[Runs]):
         )
 
     def _every_layer(self, model: GPT2, ids: Ids) -> Sweep | None:
-        """The grid with every layer, for the report; None where heads are scaled, it is too large, or one overflows."""
+        """The grid with every layer, for the report; None for a site's entries, and if it is too large or overflows."""
         n_layer, scale = model.config.n_layer, natives(model)[parameter_name(model, 0, self.settings.site)]
         if scale.index or n_layer * len(self.settings.factors) * (n_layer + 2) * len(ids[0]) > MOST_CELLS:
             return None

@@ -16,20 +16,12 @@ import typer
 import typer.main
 
 from experiments.harness.digest import code_digest
-from experiments.harness.experiment import (
-    REPORT,
-    Experiment,
-    Raw,
-    Start,
-    Study,
-    run_over_corpus,
-    run_prompt,
-    show,
-    write,
-)
+from experiments.harness.experiment import REPORT, Experiment, Raw, Start, Study
 from experiments.harness.options import Options
 from experiments.harness.output import WINDOWS, claimed
 from experiments.harness.ranks import Ranks, joined_ranks, rank_device
+from experiments.harness.running import run_over_corpus, run_prompt
+from experiments.harness.writing import show, write
 from minigpt import GPT2, Tokenizer, cli
 
 PRECISIONS = ("highest", "high", "medium")

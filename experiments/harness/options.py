@@ -12,12 +12,15 @@ import typer
 
 from experiments.page.figures import label_of
 from minigpt import cli
+from minigpt.model import SITES
 
 MOST_NUMBERS = 10_000
 """Of a range: enough for any curve, few enough not to fill the memory by a slip of the finger."""
 
 
 Layers = Annotated[str, typer.Option(help="2 | 2,5 | all; counted from 0")]
+SITE = f"{' | '.join(SITES)}, or another one that the model's block declares"
+"""The help of an option for a site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,15 @@ class Options:
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing")] = False
 
 
-def parse_indices(text: str, count: int, what: str) -> tuple[int, ...]:
-    """`2`, `2,5`, `0:11:1` or `all`: of layers, heads or positions. Raises ValueError for anything else."""
+def parse_indices(text: str, count: int, what: str, option: str = "") -> tuple[int, ...]:
+    """`2`, `2,5`, `0:11:1` or `all`: of layers, positions, or the entries of a site, such as heads.
+
+    `option` is the one that was given; by default it is named after what is counted. Raises ValueError for anything
+    else.
+    """
     if text == "all":
         return tuple(range(count))
-    indices, option = [], f"--{what}s"
+    indices, option = [], option or f"--{what}s"
     for value in parse_numbers(text, option, "all, a list such as 2,5 or a range such as 0:11:1"):
         if value != int(value) or not 0 <= value < count:
             raise ValueError(

@@ -24,7 +24,7 @@ class Table:
     """Numbers on named axes, each index of which has a label."""
 
     axes: Mapping[str, Sequence[Any]]
-    """Name -> labels, in the tensor's order. A label that is a named tuple has a column for each field."""
+    """Name -> labels, in the tensor's order. A label that is a named tuple or a mapping has columns of its own."""
     value: Tensor
     """Of one text, or the mean over windows."""
     spread: Mapping[str, Tensor] = field(default_factory=dict)
@@ -110,7 +110,8 @@ Tables = dict[str, Table]
 
 
 def _columns(axis: str, label: Any) -> list[tuple[str, Any]]:
-    return list(label._asdict().items()) if hasattr(label, "_asdict") else [(axis, label)]
+    columns = label._asdict() if hasattr(label, "_asdict") else label
+    return list(columns.items()) if isinstance(columns, Mapping) else [(axis, label)]
 
 
 def by_text(value: Tensor, **axes: Sequence[Any]) -> Table:

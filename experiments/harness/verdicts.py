@@ -1,7 +1,8 @@
 """What became of a claim: an outcome, the figures that decided it, and sentences to read.
 
 A figure decides by the side of a threshold on which it lies: of one text the number itself, over a corpus
-the whole interval of its mean. Where the interval holds the threshold, the figure decides nothing.
+the whole interval of its mean. If the interval includes the threshold, the figure decides nothing, and neither does
+a figure that is undefined, such as a ratio of 0 to 0.
 """
 
 import math
@@ -91,19 +92,38 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """For summary.json."""
         named = {name: value for name, value in asdict(self).items() if name != "index"}
-        return {**named, "head": None, **self.index, "where": self.where}
+        return {**named, **self.index, "where": self.where}
 
     def over(self, windows: int | None) -> "Verdict":
         """The same, undecided where it rests on intervals over too few windows."""
         if windows is None or windows >= FEWEST_WINDOWS or self.verdict not in ("holds", "does not hold"):
             return self
-        sentence = f"{windows} windows are too few for an interval; {FEWEST_WINDOWS} or more decide."
+        sentence = (
+            f"An interval over {counted(windows, 'window')} is too narrow to be trusted; it takes {FEWEST_WINDOWS} "
+            "windows or more."
+        )
         return replace(self, verdict="undecided", sentence=sentence)
 
 
 def describe_entry(layer: int, index: Mapping[str, int] | None = None) -> str:
     """A block, or a head of it, say, in words."""
     return ", ".join([f"block {layer}", *(f"{what} {number}" for what, number in (index or {}).items())])
+
+
+def site_in_words(site: str, index: Mapping[str, int]) -> str:
+    """A site, or an entry of it: `mlp`, `head 3`; `query of head 3`, where the index counts something else."""
+    entry = ", ".join(f"{what} {number}" for what, number in index.items())
+    return entry if site in index else f"{site} of {entry}" if entry else site
+
+
+def counted(count: int, what: str) -> str:
+    """`1 window`, `2 windows`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def readable(value: float, digits: int = 4) -> str:
+    """A number for a reader, who is told in words that there is none."""
+    return "undefined" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def _finite(value: Any) -> Any:
@@ -142,10 +162,10 @@ def all_of(true: Tensor, false: Tensor) -> Outcome:
 
 def within(table: Table, digits: int = 3) -> str:
     """A single number in words, with its interval where it has one."""
-    value = f"{float(table.value):.{digits}g}"
-    if not table.spread:
-        return value
-    return f"{value} ({float(table.low):.{digits}g} to {float(table.high):.{digits}g})"
+    value = float(table.value)
+    if not table.spread or math.isnan(value):
+        return readable(value, digits)
+    return f"{readable(value, digits)} ({readable(float(table.low), digits)} to {readable(float(table.high), digits)})"
 
 
 def lines_of(verdicts: Sequence[Verdict], columns: int) -> Iterator[str]:

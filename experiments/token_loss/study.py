@@ -18,8 +18,9 @@ import typer
 from torch import Tensor
 
 from experiments.harness.command import command
-from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt, self_checked
+from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt
 from experiments.harness.options import Layers, Options, parse_numbers
+from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import (
     MOST,
@@ -30,12 +31,15 @@ from experiments.harness.verdicts import (
     above,
     all_of,
     below,
+    counted,
     figures_of,
+    readable,
     within,
 )
 from experiments.page.figures import Figures, label_of, likeliest_cells
 from minigpt import GPT2, Sweep, Tokenizer, sweep
-from minigpt.predictions import fit_temperature
+from minigpt.engine import predict_logits
+from minigpt.predictions import Predictions, fit_temperature
 
 PROMPT, TARGET = "She took his hand and looked into his", " face"
 MEASURES = (
@@ -57,7 +61,7 @@ class LossOptions(Options):
     target: Annotated[str | None, typer.Option(help="the token that should follow the prompt")] = None
     layers: Layers = "all"
     factors: Annotated[str, typer.Option(help="0.6 | 0:2:0.5, both ends included")] = "0.6"
-    site: Annotated[str, typer.Option(help="output | attention | mlp")] = "output"
+    site: Annotated[str, typer.Option(help="a site that has one scale a layer, such as attention")] = "output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +96,11 @@ class TokenLoss(Experiment[Runs]):
         asked, shared = begin.options, begin.settings(prompt=PROMPT)
         if shared["texts"] and asked.target is not None:
             raise ValueError("--target belongs to a prompt; over a corpus the target is each window's last token.")
-        if asked.site == "head":
-            raise ValueError("--site head: this experiment scales whole layers; take output, attention or mlp.")
+        if what := begin.native(asked.site).index:
+            raise ValueError(
+                f"--site {asked.site}: every {what} has a scale of its own there, and this experiment scales whole "
+                "layers; take a site such as output."
+            )
         target = TARGET if asked.target is None and shared["prompt"] == PROMPT else asked.target
         settings = LossSettings(
             **shared,
@@ -133,10 +140,7 @@ class TokenLoss(Experiment[Runs]):
     def measure(self, model: GPT2, raw: Runs) -> Tables:
         """`MEASURES` [text, metric, layer, factor]; what decides the claims [text, test, factor]; and of a prompt the
         loss change of every token but the first [text, position, layer, factor]."""
-        statistics, texts = raw.result.statistics, torch.arange(len(raw.result.lengths))
-        scaled, clean = statistics.predictions, statistics.clean_predictions
-        if scaled is None or clean is None:
-            raise ValueError("This sweep kept no predictions; run it with predictions=True.")
+        (scaled, clean), texts = _predictions(raw.result), torch.arange(len(raw.result.lengths))
         shape, at = scaled.kl.shape[:3], raw.result.lengths - 2  # the position that predicts the target
         of_text = {name: raw.result.measure(name, "all")[:, :, -1] for name in ("kl", "changed", "correlation")}
         count = raw.result.lengths - 1
@@ -153,7 +157,7 @@ class TokenLoss(Experiment[Runs]):
         }  # fmt: skip
         values = torch.stack([found[name] for name in MEASURES]).movedim(-1, 0)
         axes = {"layer": raw.result.layers, "factor": raw.result.factors}
-        tables = tables_of(values, axes)
+        tables = tables_of(values, axes, _rounding(model, raw.result))
         if self.settings.texts is None:
             changes = (scaled.loss - clean.loss)[..., :-1].permute(2, 3, 0, 1)
             tables["tokens"] = by_text(changes, position=range(1, changes.shape[1] + 1), **axes)
@@ -182,11 +186,12 @@ class TokenLoss(Experiment[Runs]):
         found = study.tables["values"].at(metric="target_correlation", factor=changed)
         outcome = all_of(above(found, NEAR_0995), below(found, NEAR_0995))
         least, layer = float(found.value.min()), self.settings.layers[int(found.value.min(1).values.argmin())]
-        said = f"The lowest correlation is {least:.3g}, layer {layer}; above {NEAR_0995} counts as near."
+        said = f"The lowest correlation is {least:.3g}, when layer {layer} is scaled. Above {NEAR_0995} counts as near."
         sentence = {
             "holds": "The logits keep their pattern, whichever layer is scaled.",
             "does not hold": "Scaling some layers changes the pattern of the logits.",
-            "undecided": "The intervals leave open whether all layers keep the pattern.",
+            "undecided": "Some intervals include the threshold, so it is undecided whether the logits keep their "
+            "pattern, whichever layer is scaled.",
         }[outcome]
         return Decision(outcome, sentence, said, figures_of(target_correlation=found), "the target's")
 
@@ -203,15 +208,15 @@ class TokenLoss(Experiment[Runs]):
         factor = found.axes["factor"][0]
         sure, never = (torch.stack([of(test, MOST) for test in (lower, cooler, explained)]) for of in (above, below))
         outcome = all_of(sure, never)
+        share = explained.at(factor=factor)
         said = (
             f"At factor {label_of(factor)}, {self._share(lower)} lower the target's loss, and the fitted temperature "
-            f"is below 1 for {self._share(cooler)}; the best temperatures explain "
-            f"{within(explained.at(factor=factor))} of the kl and leave the rest. Above {MOST} counts as most."
+            f"is below 1 for {self._share(cooler)}. {_explained_in_words(share)} Above {MOST} counts as most."
         )
         sentence = {
-            "holds": "Most layers make the target likelier, and mostly by sharpening the distribution.",
+            "holds": "Scaling most layers makes the target likelier, mostly by sharpening the distribution.",
             "does not hold": NOT_LOWER if bool(never[0].any()) else NOT_A_TEMPERATURE,
-            "undecided": "The intervals leave one of the shares open.",
+            "undecided": NO_CHANGE if bool(explained.value.isnan().any()) else OPEN_SHARES,
         }[outcome]
         shares = {"share_of_layers_that_lower_it": lower, "share_of_layers_cooler": cooler}
         figures = figures_of(**shares, share_of_kl_explained=explained)
@@ -222,24 +227,27 @@ class TokenLoss(Experiment[Runs]):
         count, share = len(self.settings.layers), layers.at(factor=layers.axes["factor"][0])
         if layers.spread:
             return f"a share of {within(share)} of the layers"
-        return f"{round(float(share.value) * count)} of {count} layers"
+        return f"{round(float(share.value) * count)} of {counted(count, 'layer')}"
 
     def _later(self, study: Study[Runs]) -> Decision:
         found = self._below_1(study)
         if found is None or len(self.settings.layers) < 2:
-            return Decision("undecided", "It takes a factor below 1, and two layers, of which one is later.")
+            return Decision(
+                "undecided", "This takes a factor below 1 and at least two layers, one later than the other."
+            )
         later, earlier = (found.at(test=test) for test in TESTS[3:])
         factor = found.axes["factor"][0]
         outcome = all_of(above(later, UNCHANGED), below(later, UNCHANGED))
         said = (
-            f"Scaling a layer of the later half changes the target's loss by "
-            f"{within(later.at(factor=factor))} nats on average, at factor {label_of(factor)}; one of the earlier half "
-            f"by {within(earlier.at(factor=factor))}."
+            f"At factor {label_of(factor)}, scaling a layer of the later half changes the target's loss by "
+            f"{within(later.at(factor=factor))} nats on average, and scaling one of the earlier half by "
+            f"{within(earlier.at(factor=factor))} nats."
         )
         sentence = {
             "holds": "Scaling later layers makes the target less likely.",
             "does not hold": "Scaling later layers does not make the target less likely.",
-            "undecided": "The interval holds 0.",
+            "undecided": "Some intervals include 0, so it is undecided whether scaling later layers makes the target "
+            "less likely.",
         }[outcome]
         return Decision(outcome, sentence, said, figures_of(later_half=later, earlier_half=earlier), "the target's")
 
@@ -266,7 +274,7 @@ class TokenLoss(Experiment[Runs]):
         yield f"{'layer':>5}  " + "".join(f"{name.replace('_', ' '):>20}" for name in PRINTED)
         for layer in layers:
             values = shown.at(layer=layer, metric=list(PRINTED)).value.tolist()
-            yield f"{layer:>5}  " + "".join(f"{value:>20.4g}" for value in values)
+            yield f"{layer:>5}  " + "".join(f"{readable(value):>20}" for value in values)
         if not study.counts:
             yield from self._suffering(study)
         yield ""
@@ -289,9 +297,14 @@ class TokenLoss(Experiment[Runs]):
 
 TESTS = ("lower", "cooler", "explained", "later half", "earlier half")
 """Per text and factor: share of layers that lower the target's loss, share with a temperature below 1, share of kl
-that temperatures explain, mean change of the target's loss over the later and over the earlier half of the layers."""
-NOT_LOWER = "Scaling most layers does not make the target likelier."
-NOT_A_TEMPERATURE = "Most layers make the target likelier, but not as a lower temperature would."
+that temperatures explain (not a number where there is no kl), mean change of the target's loss over the later and over
+the earlier half of the layers. A layer whose kl is rounding alone changes no loss, and has no temperature."""
+NOT_LOWER = "Scaling a layer does not make the target likelier for most layers."
+NOT_A_TEMPERATURE = "Scaling most layers makes the target likelier, but not as a lower temperature would."
+NO_CHANGE = "For some factor scaling changes no prediction, so there is nothing that a temperature could explain."
+OPEN_SHARES = "Some intervals include the threshold, so it is undecided whether these are most."
+KL_ROUNDINGS = 4
+"""A sum of float64 numbers as large as the logits is off by about so many roundings."""
 CLAIMS = (
     "The logits stay near a correlation of 0.995",
     "Most layers lower the target's loss, as a lower temperature would",
@@ -301,28 +314,60 @@ CLAIMS = (
 
 def _temperatures(model: GPT2, result: Sweep) -> dict[str, Tensor]:
     """The best single temperature for each text and cell, and what it leaves: [layer, factor, text] each."""
-    scaled, shape, fits = result.statistics.predictions, result.statistics.difference_sq.shape[:2], []
-    if scaled is None:
-        raise ValueError("This sweep kept no predictions; run it with predictions=True.")
+    scaled, clean = _predictions(result)
+    shape, fits = result.statistics.difference_sq.shape[:2], []
     for text, length in enumerate(result.lengths.tolist()):
-        ids = result.ids[text, :length].to(model.device)
+        ids, lengths = result.ids[text : text + 1, :length].to(model.device), torch.tensor([length])
         with torch.no_grad():
-            final = model.final_norm(model.last_depth(ids[None]))[0]
-        numbers = (of[:, :, text, :length].flatten(0, 1) for of in (scaled.entropy, scaled.clean_logit))
-        fit = fit_temperature(model.unembed, final, *numbers)
+            streams = model.last_depth(ids)[None]
+            final = model.final_norm(streams[0])[0]
+        # The sweep's clean run may be rounded otherwise than this one, which is no change of temperature.
+        own = predict_logits(model, streams, ids, lengths)
+        entropy, clean_logit = (
+            (getattr(scaled, name) - getattr(clean, name))[:, :, text, :length] + getattr(own, name)[0, 0]
+            for name in ("entropy", "clean_logit")
+        )
+        fit = fit_temperature(model.unembed, final, entropy.flatten(0, 1), clean_logit.flatten(0, 1))
         fits.append(torch.stack([fit.temperature, fit.kl, fit.kl_left]).unflatten(1, shape))
     names = ("temperature", "kl_from_clean", "kl_after_temperature")
     return dict(zip(names, torch.stack(fits, -1), strict=True))
 
 
-def tables_of(values: Tensor, axes: Mapping[str, Sequence[Any]]) -> Tables:
+def _predictions(result: Sweep) -> tuple[Predictions, Predictions]:
+    """The runs', and the clean run's."""
+    scaled, clean = result.statistics.predictions, result.statistics.clean_predictions
+    if scaled is None or clean is None:
+        raise ValueError("This sweep kept no predictions; run it with predictions=True.")
+    return scaled, clean
+
+
+def _rounding(model: GPT2, result: Sweep) -> Tensor:
+    """The kl, in nats, that rounding alone makes between two distributions: [text].
+
+    Logits z that are off by r = eps z are no farther apart than r^2 / 2 (Hoeffding's lemma); and a kl is a difference
+    of numbers as large as logits.
+    """
+    logits = _predictions(result)[1].clean_logit.abs().amax(-1)
+    off = torch.finfo(model.dtype).eps * logits
+    return torch.maximum(off.square() / 2, KL_ROUNDINGS * torch.finfo(torch.float64).eps * logits)
+
+
+def _explained_in_words(share: Table) -> str:
+    if bool(share.value.isnan()):
+        return "How much of the kl the best temperatures explain is undefined, for there is no kl beyond rounding."
+    return f"The best temperatures explain {within(share)} of the kl and leave the rest."
+
+
+def tables_of(values: Tensor, axes: Mapping[str, Sequence[Any]], rounding: Tensor) -> Tables:
     """`values`, `MEASURES` [text, metric, layer, factor], and `tests`, what decides the claims: `TESTS` [text, test,
-    factor]."""
+    factor]. `rounding` [text] is the kl that rounding alone makes."""
     of = {name: values[:, index] for index, name in enumerate(MEASURES)}  # [text, layer, factor]
-    change, half = of["target_loss_change"], values.shape[2] // 2
-    kl, left = of["kl_from_clean"].sum(1), of["kl_after_temperature"].sum(1)
-    explained = (1 - left / kl).nan_to_num(0.0)  # factor 1 changes nothing, and nothing is explained
-    shares = ((change < 0).double().mean(1), (of["temperature"] < 1).double().mean(1), explained)
+    moved, half = of["kl_from_clean"] > rounding[:, None, None], values.shape[2] // 2
+    change, kl, left = (
+        of[name].where(moved, 0.0) for name in ("target_loss_change", "kl_from_clean", "kl_after_temperature")
+    )
+    cooler = (of["temperature"] < 1) & moved
+    shares = ((change < 0).double().mean(1), cooler.double().mean(1), 1 - left.sum(1) / kl.sum(1))
     tests = torch.stack([*shares, change[:, half:].mean(1), change[:, : max(half, 1)].mean(1)], 1)
     return {
         "values": by_text(values, metric=MEASURES, **axes),

@@ -1,0 +1,170 @@
+"""How an experiment is run: on one prompt, or on every window of a corpus.
+
+A run certifies parity with Hugging Face, measures, and tries the measurement against what must be true of any weights.
+"""
+
+import platform
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.harness.corpus import Shards, Survey, digest_of_numbers, measure_corpus, remove_windows
+from experiments.harness.digest import code_digest
+from experiments.harness.experiment import Checked, Experiment, Ids, Raw, Settings, Study
+from experiments.harness.output import WINDOWS, claimed
+from experiments.harness.ranks import Ranks
+from experiments.harness.table import Tables, of_text, of_windows
+from minigpt import GPT2, Sweep, Tokenizer, parity
+from minigpt.model import block_name
+from minigpt.selfcheck import self_check
+
+CHECKED_WINDOWS = 2
+"""Of a corpus: enough to try the oracles on a batch."""
+
+
+def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -> Study[Raw]:
+    """Certify, run one prompt, check, measure.
+
+    Raises ValueError for a prompt or a grid out of range, CheckError when parity or a self-check fails.
+    """
+    settings, code = experiment.settings, code_digest(experiment, model)
+    ids = experiment.encode(tokenizer, model.config.n_positions)
+    certificate = certify(settings, model)
+    raw = experiment.run(model, [ids], alone=True)
+    checked = _checked(experiment, model, raw, certificate)
+    tables = of_text(experiment.measure(model, raw))
+    _still_certified(certificate, model)
+    return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, tables, raw, tokenizer, code)
+
+
+def run_over_corpus(
+    experiment: Experiment[Raw],
+    model: GPT2,
+    tokenizer: Tokenizer,
+    output: Path,
+    ranks: Ranks,
+    held: ExitStack,
+    overwrite: bool = False,
+) -> Study[Raw] | None:
+    """Certify, check on the first windows, measure every window, combine; None on all ranks but the first.
+
+    `held` keeps the output folder for this run alone until it is closed: to the end of `write`.
+
+    Raises as `run_prompt` does, and ValueError for texts that cannot be read and for windows of other settings.
+    """
+    settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
+    if texts is None or texts.window > most:
+        raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
+    tried, code = list[tuple[Raw, Checked, Tables]](), code_digest(experiment, model)
+
+    def prepare() -> dict[str, Any]:
+        held.enter_context(claimed(output, settings.to_json(), code, overwrite, experiment.files))
+        certificate = certify(settings, model)
+        raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
+        tables = experiment.measure(model, raw)
+        tried.append((raw, _checked(experiment, model, raw, certificate), tables))
+        return {"first_numbers": digest_of_numbers({}, {name: table.value for name, table in tables.items()})}
+
+    shards = Shards(output / WINDOWS, _identity(experiment, model, code))
+
+    def measure(windows: Ids) -> dict[str, Tensor]:
+        tables = experiment.measure(model, experiment.run(model, windows, alone=False))
+        return {name: table.value for name, table in tables.items()}
+
+    measured = measure_corpus(
+        texts, tokenizer, shards, ranks, prepare, measure, overwrite=overwrite, quiet=not experiment.progress
+    )
+    if measured is None:
+        return None
+    (raw, checked, axes), counts = tried[0], measured[1].counts
+    tables = _combined(model, *measured, axes, checked.certificate)
+    return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code)
+
+
+def _combined(
+    model: GPT2, shards: Shards, survey: Survey, axes: Tables, certificate: parity.Certificate | None
+) -> Tables:
+    """What all shards make together, on the axes of what was measured of the first windows."""
+    try:
+        _still_certified(certificate, model)
+    except parity.CheckError:
+        remove_windows(shards.folder)  # or a later run would take the windows up
+        raise
+    return of_windows(axes, shards.combine(survey), survey.counts["windows"])
+
+
+def _identity(experiment: Experiment[Any], model: GPT2, code: str) -> dict[str, Any]:
+    """All that decides the numbers of a window, but for the windows: what it takes to go on with another run's."""
+    asked = experiment.settings.to_json()
+    asked = {name: value for name, value in asked.items() if name not in ("model", "parity", "revision")}
+    asked["texts"] = {name: value for name, value in asked["texts"].items() if name != "path"}
+    cuda = experiment.settings.device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+    origin = {"weights": parity.fingerprint(model), "versions": versions(), "processor": where, "code": code}
+    return {"experiment": experiment.name, **asked, **origin, "arithmetic": _arithmetic()}
+
+
+def _arithmetic() -> dict[str, Any]:
+    """PyTorch's switches by which the same product comes out otherwise."""
+    cuda = torch.backends.cuda
+    return {
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float16 sums": str(cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "bfloat16 sums": str(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "attention": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()],
+    }
+
+
+def certify(settings: Settings, model: GPT2) -> parity.Certificate | None:
+    """The parity certificate, where one is asked for; CheckError when the model fails.
+
+    A model with blocks of its own has nothing to be compared with, and runs.
+    """
+    certificate = parity.certify(model) if settings.parity else None
+    if certificate and not certificate.may_run:
+        raise parity.CheckError(f"parity {certificate.sentence()} The study does not run; --no-parity overrides this.")
+    return certificate
+
+
+def _still_certified(certificate: parity.Certificate | None, model: GPT2) -> None:
+    """Raise CheckError when the weights are no longer those that were certified."""
+    if certificate and certificate.passed and not certificate.holds_for(model):
+        raise parity.CheckError(
+            "the weights were edited after the model was certified, so the certificate says nothing about these "
+            "numbers. Edit first and certify then; --no-parity runs without."
+        )
+
+
+def _checked(experiment: Experiment[Raw], model: GPT2, raw: Raw, certificate: parity.Certificate | None) -> Checked:
+    found = experiment.check(model, raw)
+    return Checked(certificate, found.checks, found.details)
+
+
+def self_checked(model: GPT2, result: Sweep) -> Checked:
+    """Try a sweep against what must be true of any weights. Raises CheckError when it is not."""
+    tried = self_check(model, result)
+    if tried.broken:
+        found = "; ".join(f"{check.claim}: {check.figure}" for check in tried.broken)
+        raise parity.CheckError(f"the sweep contradicts what must be true of any weights: {found}.")
+    return Checked(None, [asdict(check) for check in tried.checks], {"upstream": tried.upstream})
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    packages = ("minigpt", "torch", "numpy", "safetensors", "tokenizers", "transformers")
+    return {"python": platform.python_version(), **parity.installed(*packages)}
+
+
+def describe(model: GPT2) -> dict[str, Any]:
+    """What ran: the checkpoint's origin and hashes, and the model's shape."""
+    origin: dict[str, Any] = {}
+    if source := model.source:
+        origin = {"name": source.name, "repository": source.repository, "commit": source.commit}
+        origin["sha256"] = source.sha256
+    return {**origin, "config": model.config.to_dict(block_name(model.block))}
