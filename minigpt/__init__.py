@@ -1,5 +1,6 @@
 """GPT-2 by hand, with a scale on every block, head and sublayer."""
 
+from minigpt import interrupts  # noqa: F401  before what takes long to import
 from minigpt.compare import Comparison, compare
 from minigpt.config import CheckpointError, GPT2Config
 from minigpt.generate import generate

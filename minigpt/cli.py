@@ -230,7 +230,6 @@ def generate_command(
         typer.echo(printable(prompt), nl=False)
         for text in tokenizer.stream(token for token in chain([first], new) if token != loaded.config.eos_token_id):
             typer.echo(printable(text), nl=False)
-            sys.stdout.flush()
     typer.echo()
 
 

@@ -101,6 +101,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
     it is not a whole safetensors file, or lacks what the body asks for.
     """
     check_regular(path)
+    if str(path).encode("utf-8", "replace").decode() != str(path):  # half characters: bytes that are no text
+        raise ValueError(f"{path} has a name that is not UTF-8, which safetensors cannot open; rename it.")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, MOST_HEADER))

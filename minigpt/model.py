@@ -159,8 +159,9 @@ def block_named(name: str) -> type[Block]:
     module, _, leaf = name.partition(":")
     try:
         found = attrgetter(leaf)(importlib.import_module(module))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"The block {name!r} cannot be imported ({error}); expected package.module:Name.") from None
+    except (Exception, SystemExit) as error:  # of any kind: it is the module's own code that runs
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"The block {name!r} cannot be imported ({reason}); expected package.module:Name.") from error
     if not (isinstance(found, type) and issubclass(found, Block)):
         raise ValueError(f"The block {name!r} is not a subclass of minigpt.Block.")
     return found

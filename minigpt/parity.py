@@ -292,11 +292,15 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def differences(ours: Run, theirs: Run) -> dict[str, float]:
-    """Largest absolute difference over largest absolute value, for every quantity that `theirs` holds."""
+    """Largest absolute difference over largest absolute value, for every quantity that `theirs` holds.
+
+    Where all values are 0, as the loss of a vocabulary of one token is, it is the difference itself.
+    """
     result = {}
     for name, their in theirs.items():
         expected = their.double()
-        error = (ours[name].to(expected.device).double() - expected).abs().max() / expected.abs().max()
+        largest = expected.abs().max()
+        error = (ours[name].to(expected.device).double() - expected).abs().max() / (largest or 1)
         result[name] = float(error.nan_to_num(torch.inf))
     return result
 
@@ -314,7 +318,7 @@ def fingerprint(model: GPT2) -> str:
     total = hashlib.sha256(f"{_own_name(model)} {block_name(model.block)} {model.config!r}".encode())
     for name, tensor in sorted(weights(model).items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

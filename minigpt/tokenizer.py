@@ -17,8 +17,8 @@ from minigpt import hub
 from minigpt.config import MOST, CheckpointError
 from minigpt.files import check_regular, read_json, shown
 
-MOST_BYTES = 64 * 2**20
-"""Of a tokenizer's file; GPT-2's has 1 to 4 MB."""
+MOST_BYTES = 32 * 2**20
+"""Of a tokenizer's file, which take thirty times as many in memory; GPT-2's has 1 to 4 MB."""
 MOST_LETTERS = 1024
 """Of a token: a text of a thousand is a thousand times as long. GPT-2's longest has 128."""
 MOST_ADDED = 2**20

@@ -149,6 +149,45 @@ def test_a_block_of_the_current_folder_is_found_behind_all_that_is_installed(
     assert "has no attribute 'Mine'" in run("verify", TINY, "--block", "colorsys:Mine")[2]
 
 
+@pytest.mark.parametrize("code", ["1 / 0", "import sys; sys.exit(7)", "x = (", "raise OSError('gone')"])
+def test_a_block_whose_module_fails_to_run_is_a_sentence(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    (tmp_path / "failing_block.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, out, err = run("verify", TINY, "--block", "failing_block:Mine")
+    assert (status, out) == (2, "")
+    assert "'failing_block:Mine' cannot be imported (" in err
+    assert "Traceback" not in err
+
+
+def test_a_command_whose_output_is_closed_ends_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("generate", TINY, "--prompt", "a", "--max-new-tokens", 2) == (0, "", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name must be text")
+def test_a_folder_whose_name_is_no_text_is_a_sentence(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "na\udcffme")
+    code, out, err = run("verify", tmp_path / "na\udcffme")
+    assert (code, out) == (2, "")
+    assert "has a name that is not UTF-8" in err and "rename it" in err
+
+
+def test_generate_warns_of_an_end_outside_the_vocabulary_and_verify_does_not(
+    run: Run, small: Callable[..., GPT2], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning of the logger `minigpt`: outside of pytest, Python shows its sentence on standard error."""
+    small(vocab_size=4096, eos_token_id=50256).save_pretrained(tmp_path)
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    assert run("verify", tmp_path)[2] == ""
+    assert caplog.messages == []
+    assert run("generate", tmp_path, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
+    assert caplog.messages == [
+        "eos_token_id is 50256, outside the vocabulary of 4096 tokens; no token will end the text."
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

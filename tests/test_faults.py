@@ -353,9 +353,20 @@ def refuse_steps_before(first: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux's /proc tells when torch is being loaded")
-@pytest.mark.parametrize(("module", "later"), [("divergence", 0.0), ("divergence", 0.5), ("train", 0.1)])
-def test_an_interrupt_while_a_program_is_still_importing_says_so(tmp_path: Path, module: str, later: float) -> None:
-    command = [sys.executable, "-m", f"experiments.{module}", "--output", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("program", "later"),
+    [
+        ((sys.executable, "-m", "experiments.divergence"), 0.0),
+        ((sys.executable, "-m", "experiments.divergence"), 0.5),
+        ((sys.executable, "-m", "experiments.train"), 0.1),
+        ((str(Path(sys.executable).parent / "minigpt"),), 0.0),
+        ((str(Path(sys.executable).parent / "minigpt"),), 0.5),
+    ],
+)
+def test_an_interrupt_while_a_program_is_still_importing_says_so(
+    tmp_path: Path, program: tuple[str, ...], later: float
+) -> None:
+    command = [*program, "--output", str(tmp_path / "out")]
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     with subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening

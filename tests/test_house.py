@@ -12,7 +12,7 @@ from tests import mutants
 from tests.conftest import ROOT, TINY
 
 ORDER = (
-    ("files", "cache", "linear"),
+    ("interrupts", "files", "cache", "linear"),
     ("config",),
     ("parameters",),
     ("checkpoint",),

@@ -523,6 +523,26 @@ def test_a_download_of_an_official_name_with_another_config_is_not_certified(
     assert ("Also certified against a live run" in certificate.sentence()) == live
 
 
+@pytest.mark.parametrize("fields", [{"vocab_size": 1}, {"n_embd": 1, "n_head": 1}, {"n_embd": 3, "n_inner": 1}])
+def test_the_smallest_models_are_certified_though_some_of_their_numbers_are_all_0(
+    small: Callable[..., GPT2], tmp_path: Path, fields: dict[str, int]
+) -> None:
+    model = small(**fields)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.zeros_(norm.bias)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, dtype=torch.float64)
+    certificate = parity.certify(loaded)
+    assert certificate.passed, certificate.sentence()
+    assert certificate.holds_for(loaded)
+
+
+def test_a_difference_from_what_is_all_0_is_seen() -> None:
+    zero = {"loss": torch.zeros(3)}
+    assert parity.differences(zero, zero) == {"loss": 0.0}
+    assert parity.differences({"loss": torch.tensor([0.0, 0.25, 0.0])}, zero) == {"loss": 0.25}
+
+
 # What a live run can see, and what it cannot.
 
 
