@@ -21,6 +21,9 @@ the difference and its norm, always float64, are rounded as much again, relative
 CELL_ROUNDINGS = 80
 """A cell of the pass may differ from the same cell alone by this many roundings, relative (1e-5 in float32): matrix
 products over another number of rows add up in another order."""
+LEAST_SHARE = 1 / 16
+"""Of the stream's norm: a smaller difference counts as so large in this, for the stream's own rounding is in it. A
+silent neuron's is nothing else."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list
     with scaled(model, result.intervention(model, entry, result.factors[farthest])):
         for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):
             alone = squared_norms(x.double() - before).cpu().where(real, 0.0).sum(-1).sqrt()
-            apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / alone.clamp_min(torch.finfo(torch.float64).tiny)
+            stream = squared_norms(before).cpu().where(real, 0.0).sum(-1).sqrt()
+            least = (LEAST_SHARE * stream).clamp_min(torch.finfo(torch.float64).tiny)
+            apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / torch.maximum(alone, least)
             upstream = max(upstream, float((x - before).abs().max())) if depth <= layer else upstream
             error = max(error, float(apart.max()))
     return upstream, error

@@ -45,11 +45,11 @@ QUICK = {
     "minigpt/parameters.py": ("test_parameters", "test_compare"),
     "minigpt/model.py": ("test_model", "test_parameters"),
     "minigpt/checkpoint.py": ("test_checkpoint",),
-    "minigpt/selfcheck.py": ("test_sweep", "test_limits"),
-    "experiments/harness/table.py": ("test_table",),
-    "experiments/harness/verdicts.py": ("test_study",),
+    "minigpt/selfcheck.py": ("test_selfcheck", "test_sweep", "test_limits"),
+    "experiments/harness/table.py": ("test_table", "test_verdicts"),
+    "experiments/harness/verdicts.py": ("test_verdicts", "test_study"),
     "experiments/harness/corpus.py": ("test_corpus",),
-    "experiments/divergence/claims.py": ("test_study",),
+    "experiments/divergence/claims.py": ("test_verdicts", "test_study"),
     "experiments/divergence/rows.py": ("test_study",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""

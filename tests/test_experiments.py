@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import sensitivity, skip_layer
+from experiments.divergence import claims
 from experiments.divergence import study as divergence
 from experiments.harness import writing
 from experiments.harness.command import command
@@ -564,12 +565,26 @@ def test_a_factor_that_changes_no_prediction_explains_nothing_in_words(neurons: 
     study = study_of(experiment, model)
     verdict = experiment.verdicts(study)[1]
     assert (verdict.verdict, verdict.figures["share_of_kl_explained"]) == ("does not hold", [None])
-    assert "is undefined, for there is no kl beyond rounding" in verdict.evidence
+    assert "no kl beyond rounding" in verdict.evidence
     assert (
         "0 of 1 layer lower the target's loss, and the fitted temperature is below 1 for 0 of 1 layer"
         in verdict.evidence
     )
     json.dumps(writing.summary(experiment, study), allow_nan=False)
+
+
+def test_a_silent_neuron_leaves_no_change_to_judge(neurons: GPT2) -> None:
+    """A rectified neuron that is never above 0: whatever its scale, the two runs are the same."""
+    model = GPT2(replace(neurons.config, activation_function="relu"), block=Neurons).double()
+    model.blocks[1].mlp.expand.bias.data[3] = -1e3
+    grid = {"layers": (1,), "factors": (0.5, 2.0), "site": "neuron", "indices": (3, 0)}
+    experiment = divergence.Divergence(divergence.GridSettings(model="", prompt=PROMPT, parity=False, **grid))
+    verdicts = experiment.verdicts(study_of(experiment, model))
+    silent = {of.number: of for of in verdicts if of.index == {"neuron": 3}}
+    found = {number: verdict.verdict for number, verdict in silent.items()}
+    assert found == {1: "true by construction", 2: "does not hold", 3: "undecided", 4: "undecided", 5: "undecided"}
+    assert {silent[number].sentence for number in (3, 4, 5)} == {claims.UNCHANGED_SOMEWHERE}
+    assert "undecided" not in {of.verdict for of in verdicts if of.index == {"neuron": 0}}
 
 
 UNEQUAL = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19], [20, 21, 22, 23]]

@@ -562,6 +562,31 @@ def test_halved_passes_give_the_same_numbers(
     torch.testing.assert_close(found.statistics.predictions.kl, expected.statistics.predictions.kl, **SAME)
 
 
+UNEQUAL = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16, 17]]
+
+
+@pytest.mark.parametrize("most", [1, 7], ids=["down to one cell of one text", "down to some"])
+def test_halved_passes_of_texts_of_unequal_lengths_give_what_each_text_gives_alone(
+    model: GPT2, little_memory: Callable[..., list[int]], most: int
+) -> None:
+    """The second is the shortest that is allowed; likeliest tokens are those after each text's own last one."""
+    asked = {"layers": [1, 0], "factors": FACTORS, "predictions": True}
+    expected = [sweep(model, [text], **asked).statistics for text in UNEQUAL]
+    seen = little_memory(most, MemoryError, "")
+    found = sweep(model, UNEQUAL, **asked).statistics
+    assert seen[0] == 18
+    for text, alone in enumerate(expected):
+        for name in MEASURES:
+            for positions in POSITION_SETS:
+                near = {"rtol": 1e-7, "atol": 1e-7} if name == "gauge_free" or "alignment" in name else SAME
+                one, other = (of.measure(name, positions) for of in (found, alone))
+                torch.testing.assert_close(one[..., text], other[..., 0], equal_nan=True, **near)
+        assert found.predictions is not None and alone.predictions is not None
+        for name, tensor in alone.predictions.tensors().items():
+            other = getattr(found.predictions, name)[:, :, text, : tensor.shape[-1]]
+            torch.testing.assert_close(other, tensor[:, :, 0], **SAME)
+
+
 def test_memory_that_is_too_little_for_one_run_is_a_sentence(
     model: GPT2, ids: Tensor, little_memory: Callable[..., list[int]]
 ) -> None:

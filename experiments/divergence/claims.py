@@ -46,9 +46,7 @@ DILUTED = (
 TURNED_BACK = (
     "The change grows in length, but turns back towards the clean direction, and direction is all that a block reads."
 )
-UNCHANGED_SOMEWHERE = (
-    "For some factor scaling changes nothing that this claim could follow: a difference of exactly 0 has no ratio."
-)
+UNCHANGED_SOMEWHERE = "For some factor or text, scaling changes nothing: this claim has no change to follow."
 WHO = ("position_0", "others")
 ALONE_MEASURES: tuple[Measure, ...] = ("frobenius", "kl")
 """What is measured when position 0 alone is scaled, and all the others alone: the norm at the last depth, over all
@@ -56,7 +54,7 @@ positions, and kl over all positions."""
 UNITS_ALONE: dict[Measure, str] = {"frobenius": "", "kl": " nats"}
 
 
-def evidence(table: Table) -> Tables:
+def evidence(table: Table, rounding: float = 0.0) -> Tables:
     """What decides the claims, per text, from the rows of some texts: over all positions but the first unless named.
 
     Axes [text, layer, factor]: `growth`, log of the difference at the last depth over that at the site, which
@@ -64,8 +62,8 @@ def evidence(table: Table) -> Tables:
     of `relative` at the last depth over that at the site; `turning`, `gauge_free` at the last depth less that after
     the first block that could react; `last_block`, log of what that block multiplies the difference by.
     `with_first` [text, layer, factor, depth]: log of the difference over all positions over that over the rest;
-    `with_first_mean` [text, layer] its mean over factors and over depths from the site on. What would take the log of
-    0, or of 0 over 0, is not a number.
+    `with_first_mean` [text, layer] its mean over factors and over depths from the site on. Not a number
+    are logs of 0, and all logs where the difference at the site is no more than `rounding` of the stream.
     """
     names = (("frobenius", "rest"), ("frobenius", "all"), ("relative", "rest"), ("gauge_free", "rest"))
     rest, everything, relative, gauge = (table.at(metric=name, positions=of).value for name, of in names)
@@ -73,6 +71,7 @@ def evidence(table: Table) -> Tables:
     later = torch.arange(1, last + 1) > site[:, None]  # [layer, block]: whether the block comes after the site
     rises = (rest[..., 1:-1] > rest[..., :-2]) & later[:, None]
     axes = {"layer": table.axes["layer"], "factor": table.axes["factor"]}
+    rest = rest.where((_at(relative, site) > rounding)[..., None], 0.0)
     found = {
         "growth": _log(rest[..., last], _at(rest, site)),
         "rising": rises.sum(-1) / later.sum(1)[:, None],
@@ -216,9 +215,9 @@ def _jump(case: Case) -> Decision:
     place = case.layer + 1
     curve, norm = case.measure("frobenius").at(depth=place), float(case.norm("of the others together")[place])
     jump, figures = curve.value, {"factors": case.factors, **figures_of(jump=curve), "norm_at_site": norm}
-    said, jumps = f"The jump is {_ends(case, curve)}.", bool((jump > 0).all())
+    said, jumps = f"The jump is {_ends(case, curve)}.", bool(((jump > 0) & case.of("growth").value.isfinite()).all())
     if not jumps:
-        return Decision("does not hold", "For at least one factor, nothing changes at the site.", said, figures)
+        return Decision("does not hold", "For some factor or text, nothing changes at the site.", said, figures)
     if case.site != "output" or case.positions is not None:
         return Decision("holds", "What was scaled has changed, and the stream that it is part of.", said, figures)
     expected = (torch.tensor(case.factors, dtype=torch.float64) - 1).abs() * norm

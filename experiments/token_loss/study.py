@@ -301,7 +301,7 @@ that temperatures explain (not a number where there is no kl), mean change of th
 the earlier half of the layers. A layer whose kl is rounding alone changes no loss, and has no temperature."""
 NOT_LOWER = "Scaling a layer does not make the target likelier for most layers."
 NOT_A_TEMPERATURE = "Scaling most layers makes the target likelier, but not as a lower temperature would."
-NO_CHANGE = "For some factor scaling changes no prediction, so there is nothing that a temperature could explain."
+NO_CHANGE = "For some factor or text, scaling changes no prediction, so a temperature has nothing to explain."
 OPEN_SHARES = "Some intervals include the threshold, so it is undecided whether these are most."
 KL_ROUNDINGS = 4
 """A sum of float64 numbers as large as the logits is off by about so many roundings."""
@@ -354,7 +354,8 @@ def _rounding(model: GPT2, result: Sweep) -> Tensor:
 
 def _explained_in_words(share: Table) -> str:
     if bool(share.value.isnan()):
-        return "How much of the kl the best temperatures explain is undefined, for there is no kl beyond rounding."
+        where = " in some windows" if share.spread else ""
+        return f"How much of the kl the best temperatures explain is undefined:{where} there is no kl beyond rounding."
     return f"The best temperatures explain {within(share)} of the kl and leave the rest."
 
 
