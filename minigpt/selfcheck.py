@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.measures import squared_norms
 from minigpt.model import GPT2
 from minigpt.parameters import scaled
-from minigpt.sweep import Sweep, sweep
+from minigpt.sweep import Sweep
 
 JUMP_ROUNDINGS = 4
 """The jump at the site may be off by this many roundings: s * x is rounded once per element in the parameters' type;
@@ -141,39 +141,3 @@ def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list
             upstream = max(upstream, float((x - before).abs().max())) if depth <= layer else upstream
             error = max(error, float(apart.max()))
     return upstream, error
-
-
-@dataclass(frozen=True)
-class CellError:
-    """How far a cell is from the same cell in float32."""
-
-    layer: int
-    index: dict[str, int]
-    """Which head, say, where whole layers were not scaled."""
-    factor: float
-    error: float
-    """Largest relative difference of `frobenius` without position 0, over depths from the site on, and over texts."""
-
-
-def rounding_errors(exact: GPT2, result: Sweep) -> list[CellError]:
-    """Repeat a few cells of a sweep in lower precision with `exact`, the same model in float32.
-
-    They are the first, the middle and the last entry, with the factors nearest to 1 and farthest from it.
-    Near 1 the difference is small beside the stream, and the stream's own rounding large beside the difference.
-    """
-    texts = [row[:length].tolist() for row, length in zip(result.ids, result.lengths.tolist(), strict=True)]
-    changed = sorted((factor for factor in result.factors if factor != 1), key=lambda factor: abs(factor - 1))
-    skip = 1 if int(result.lengths.min()) > 1 else 0
-    factors = list(dict.fromkeys([*changed[:1], *changed[-1:]]))
-    errors = list[CellError]()
-    for entry in sorted({0, len(result.layers) // 2, len(result.layers) - 1}) if factors else []:
-        layer, indices = result.layers[entry], None if result.indices is None else [result.indices[entry]]
-        grid = sweep(exact, texts, [layer], factors, result.site, positions=result.positions, indices=indices)
-        alone = grid.frobenius(skip)[0]
-        in_pass = result.frobenius(skip)[entry, [result.factors.index(factor) for factor in factors]]
-        apart = ((in_pass - alone).abs() / alone).nan_to_num(0.0)[:, layer + 1 :].flatten(1).max(1).values
-        index = {} if indices is None else {str(result.index): indices[0]}
-        errors += [
-            CellError(layer, index, factor, error) for factor, error in zip(factors, apart.tolist(), strict=True)
-        ]
-    return errors

@@ -1,9 +1,11 @@
 """Tables: numbers on named axes, and the rows that they make."""
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from experiments.harness.table import Table, by_text, of_text, of_windows
 from experiments.page.figures import dataset
@@ -81,3 +83,24 @@ def test_a_dataset_puts_every_number_under_its_label(table: Table) -> None:
         {"page": "a", "metric": "loss", "layer": 5, "value": [153, 152, 151, 150]},
     ]
     assert dataset(rows)[0] == {"metric": "kl", "layer": 2, "depth": 0, "value": 20.0}
+
+
+def test_the_errors_of_a_table_are_its_distances_to_a_more_exact_one_by_label() -> None:
+    table = by_text(torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]]]), layer=[3, 7], metric=["a", "b", "c"])
+    exact = by_text(torch.tensor([[[5.5, math.nan], [4.0, 1.0]]]), layer=[7, 3], metric=["b", "a"])
+    expected = [[0.0, 2.0, math.nan], [4.0, 0.5, math.nan]]  # where the exact one is undefined, all of the number
+    assert_close(table.beside(exact), torch.tensor([expected]), equal_nan=True)
+    with pytest.raises(ValueError, match="no metric 'd'"):
+        table.beside(by_text(torch.zeros(1, 1, 1), layer=[3], metric=["d"]))
+
+
+def test_errors_go_with_their_numbers() -> None:
+    value, error = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    table = Table({"row": ["x", "y"], "column": ["a", "b"]}, value, error=error)
+    part = table.at(row="y", column=["b", "a"])
+    assert part.error is not None and part.error.tolist() == error[1].flip(0).tolist()
+    assert [row["error"] for row in table.rows()] == error.flatten().tolist()
+    assert list(next(iter(table.rows()))) == ["row", "column", "value", "error"]
+    grown = table.map(torch.exp).error
+    assert grown is not None
+    assert_close(grown, (value + error).exp() - value.exp())

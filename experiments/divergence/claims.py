@@ -276,8 +276,9 @@ def _growth(case: Case) -> Decision:
 def _signs(case: Case) -> tuple[str, ...]:
     """The later blocks whose answer is negative for every factor, positive for every factor, and the others."""
     answers, blocks = case.by_block("alignment"), range(case.layer + 1, case.n_layer)
-    repair = [block for block in blocks if bool((answers.high[:, block] < 0).all())]
-    amplify = [block for block in blocks if bool((answers.low[:, block] > 0).all())]
+    error = torch.zeros_like(answers.value) if answers.error is None else answers.error.nan_to_num(0.0)
+    repair = [block for block in blocks if bool((answers.high[:, block] < -error[:, block]).all())]
+    amplify = [block for block in blocks if bool((answers.low[:, block] > error[:, block]).all())]
     other = [block for block in blocks if block not in (*repair, *amplify)]
     return tuple(", ".join(map(str, found)) or "none" for found in (repair, amplify, other))
 

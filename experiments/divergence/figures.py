@@ -11,6 +11,7 @@ from experiments.harness.experiment import Study
 from experiments.harness.table import Row, Table
 from experiments.page import charts
 from experiments.page.figures import (
+    NUMBERS_SHOWN,
     Control,
     Figure,
     Figures,
@@ -182,7 +183,7 @@ class Shown:
             "Bars for every block after the scaled one: the cosine of the change that it carries with what it writes "
             "otherwise, for its attention, its MLP, and both together.",
             "Below 0 a block takes back some of the change that reaches it; above 0 it adds to it; near 0 what it "
-            "writes otherwise is new.",
+            "writes otherwise is new. A faint bar is no longer than its error by rounding.",
             charts.parts_by_block(
                 "alignment", filters, blocks, cosine, chosen, parts, reach_of(self.data["alignment"])
             ),
@@ -262,14 +263,15 @@ class Shown:
             for parts in (WRITTEN, ALIGNMENTS)
         )
         return {
-            "alignment": dataset(alignment, "block", blocks),
+            "alignment": dataset(alignment, "block", blocks, (*NUMBERS_SHOWN, "error")),
             "written": dataset((*carried, *written), "block", blocks),
         }
 
     def _later(self, table: Table) -> Iterator[Row]:
         """The rows of the blocks after what was scaled."""
         layers = {entry: layer_of(scaled) for entry, scaled in zip(self.entries, self.shown, strict=True)}
-        return (row for row in self._named(table).rows() if row["block"] > layers[row["entry"]])
+        rows = self._named(table).rows(error=None)
+        return (row for row in rows if row["block"] > layers[row["entry"]])
 
     def _output(self) -> list[dict[str, Any]]:
         rows = self._named(self.table.at(metric=list(OUTPUT), depth="final")).rows()

@@ -8,7 +8,7 @@ against what must be true of any weights; then five claims about the change get 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +24,12 @@ from experiments.harness.experiment import SHORTEST, Checked, Experiment, Ids, S
 from experiments.harness.options import SITE, Layers, Options, parse_numbers
 from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables
-from experiments.harness.verdicts import Verdict, describe_entry
+from experiments.harness.verdicts import Verdict
 from experiments.harness.writing import can_draw
 from experiments.page.figures import Figures, label_of
 from minigpt import GPT2, Sweep, sweep
 from minigpt.engine import StreamOverflowError
 from minigpt.parameters import natives, parameter_name
-from minigpt.selfcheck import rounding_errors
 
 MOST_CELLS = 4_000_000
 """Layers x factors x places x positions of a sweep that only the report needs: its numbers take about 250 MB."""
@@ -138,23 +137,8 @@ class Divergence(Experiment[Runs]):
         return {**tables, **tokens, **claims.evidence(asked, rounding), **claims.alone(raw.alone)}
 
     def check(self, model: GPT2, raw: Runs) -> Checked:
-        """Try the sweep against what must be true of any weights, and half precision against float32."""
-        found = self_checked(model, raw.result)
-        lower = self.settings.dtype in ("bfloat16", "float16") or self.settings.matmul_precision != "highest"
-        rounding = self._rounding(model, raw.result) if lower else []
-        return replace(found, details={**found.details, "rounding": rounding})
-
-    def _rounding(self, model: GPT2, result: Sweep) -> list[dict[str, Any]]:
-        """A few cells beside float32 with products in full precision."""
-        device = model.device
-        torch.set_float32_matmul_precision("highest")
-        try:
-            exact = GPT2.from_pretrained(
-                self.settings.model, self.settings.revision, device, local_files_only=True, block=model.block
-            )
-            return [asdict(error) for error in rounding_errors(exact, result)]
-        finally:
-            torch.set_float32_matmul_precision(self.settings.matmul_precision)
+        """Try the sweep against what must be true of any weights."""
+        return self_checked(model, raw.result)
 
     def table(self, study: Study[Runs]) -> Table:
         """Every measure of every cell that was asked for: [positions, metric, layer, factor, depth]."""
@@ -172,9 +156,8 @@ class Divergence(Experiment[Runs]):
         return claims.judge(tables, asked.site, asked.positions, study.checked.details["upstream"], study.basis)
 
     def summary(self, study: Study[Runs]) -> dict[str, Any]:
-        """The factors that needed no run, and the errors of lower precision."""
-        rounding = study.checked.details["rounding"]
-        return {"factors_not_run": list(study.raw.result.not_run), **({"rounding": rounding} if rounding else {})}
+        """The factors that needed no run."""
+        return {"factors_not_run": list(study.raw.result.not_run)}
 
     def save(self, study: Study[Runs], folder: Path) -> None:
         """The sweep of a prompt, number for number."""
@@ -182,11 +165,7 @@ class Divergence(Experiment[Runs]):
             study.raw.result.save(folder / "sweep.safetensors")
 
     def lines(self, study: Study[Runs], columns: int) -> Iterator[str]:
-        """The errors of lower precision, and the table depth x factor of the first entry."""
-        for error in study.checked.details["rounding"]:
-            where, factor = describe_entry(error["layer"], error["index"]), label_of(error["factor"])
-            off = f"off by up to {error['error']:.2g}"
-            yield f"  {self.settings.dtype} beside float32, {where}, factor {factor}: {off}"
+        """The table depth x factor of the first entry."""
         yield ""
         yield from self._by_depth(study, columns)
 

@@ -169,6 +169,8 @@ class Study(Generic[Raw]):
     tokenizer: Tokenizer
     code: str = ""
     """The digest of the code that computed the numbers."""
+    rounding: str = ""
+    """What the tables' errors are, in words."""
 
     @property
     def windows(self) -> int | None:

@@ -5,7 +5,7 @@ A run certifies parity with Hugging Face, measures, and tries the measurement ag
 
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from experiments.harness.ranks import Ranks
 from experiments.harness.table import Tables, of_text, of_windows
 from minigpt import GPT2, Sweep, Tokenizer, parity
 from minigpt.model import block_name
+from minigpt.passes import free_bytes
 from minigpt.selfcheck import self_check
 
 CHECKED_WINDOWS = 2
 """Of a corpus: enough to try the oracles on a batch."""
+SHARE_FOR_FLOAT64 = 0.5
+"""Of the memory that is free: what the weights may take once more, in float64."""
 
 
 def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -> Study[Raw]:
@@ -36,9 +39,12 @@ def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -
     certificate = certify(settings, model)
     raw = experiment.run(model, [ids], alone=True)
     checked = _checked(experiment, model, raw, certificate)
-    tables = of_text(experiment.measure(model, raw))
+    measured = experiment.measure(model, raw)
+    errors, said = _rounding(experiment, model, [ids], measured)
+    tables = {name: replace(table, error=errors.get(name)) for name, table in of_text(measured).items()}
     _still_certified(certificate, model)
-    return Study(settings, describe(model), tokenizer.tokens(ids), {}, checked, tables, raw, tokenizer, code)
+    tokens, about = tokenizer.tokens(ids), describe(model)
+    return Study(settings, about, tokens, {}, checked, tables, raw, tokenizer, code, said)
 
 
 def run_over_corpus(
@@ -59,14 +65,16 @@ def run_over_corpus(
     settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
     if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
-    tried, code = list[tuple[Raw, Checked, Tables]](), code_digest(experiment, model)
+    tried, code = list[tuple[Raw, Checked, Tables, Rounding]](), code_digest(experiment, model)
 
     def prepare() -> dict[str, Any]:
         held.enter_context(claimed(output, settings.to_json(), code, overwrite, experiment.files))
         certificate = certify(settings, model)
-        raw = experiment.run(model, texts.first_windows(tokenizer, CHECKED_WINDOWS), alone=False)
+        first = texts.first_windows(tokenizer, CHECKED_WINDOWS)
+        raw = experiment.run(model, first, alone=False)
         tables = experiment.measure(model, raw)
-        tried.append((raw, _checked(experiment, model, raw, certificate), tables))
+        rounding = _rounding(experiment, model, first, tables)
+        tried.append((raw, _checked(experiment, model, raw, certificate), tables, rounding))
         return {"first_numbers": digest_of_numbers({}, {name: table.value for name, table in tables.items()})}
 
     shards = Shards(output / WINDOWS, _identity(experiment, model, code))
@@ -80,9 +88,31 @@ def run_over_corpus(
     )
     if measured is None:
         return None
-    (raw, checked, axes), counts = tried[0], measured[1].counts
-    tables = _combined(model, *measured, axes, checked.certificate)
-    return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code)
+    (raw, checked, axes, (errors, said)), counts = tried[0], measured[1].counts
+    combined = _combined(model, *measured, axes, checked.certificate)
+    tables = {name: replace(table, error=errors.get(name)) for name, table in combined.items()}
+    return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code, said)
+
+
+Rounding = tuple[dict[str, Tensor], str]
+"""The errors of every table, and in words what they are."""
+
+
+def _rounding(experiment: Experiment[Any], model: GPT2, texts: Ids, tables: Tables) -> Rounding:
+    """The errors by rounding of what was measured of some texts: the same experiment again, in float64.
+
+    Of several texts the largest, so without the axis of the texts. Where a page shows more than was asked for, only
+    what was asked for has errors.
+    """
+    if model.dtype == torch.float64:
+        return {}, "Everything was computed in float64; no errors by rounding were measured."
+    needed = 8 * sum(weight.numel() for weight in model.parameters())
+    if model.device.type == "mps" or needed > SHARE_FOR_FLOAT64 * free_bytes(model.device):
+        return {}, f"No errors by rounding were measured: in float64 the model takes {needed / 2**30:.3g} GiB here."
+    exact = parity.as_stored(model, torch.float64).to(model.device)
+    again = experiment.measure(exact, experiment.run(exact, texts, alone=False))
+    errors = {name: table.beside(again[name]).amax(0) for name, table in tables.items()}
+    return errors, f"Errors by rounding: the same numbers in {str(model.dtype).removeprefix('torch.')} and in float64."
 
 
 def _combined(

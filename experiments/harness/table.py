@@ -7,10 +7,10 @@ kept. Over a corpus, the mean over all windows takes the text's place, and its s
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, stack, tensor
+from torch import Tensor, full_like, meshgrid, stack, tensor
 
 from minigpt import Comparison, Sensitivity, Sweep
 from minigpt.measures import POSITION_SETS, Measure
@@ -31,6 +31,9 @@ class Table:
     """Over windows, on the same axes: sd, median, q1, q3, and low and high, the interval of the mean."""
     windows: int | None = None
     """How many windows the numbers are means of; None for one text."""
+    error: Tensor | None = None
+    """How far each number is from the same one in float64, by rounding; over windows, the farthest of the first few.
+    Not a number where it was not measured."""
 
     def __post_init__(self) -> None:
         shape = [len(labels) for labels in self.axes.values()]
@@ -88,22 +91,43 @@ class Table:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Table":
         """A function of every number, such as exp, that keeps their order: an interval stays one."""
-        return self._with(self.axes, function)
+        part = self._with(self.axes, function)
+        if self.error is None:
+            return part
+        return replace(part, error=(function(self.value + self.error) - part.value).abs())
+
+    def beside(self, exact: "Table") -> Tensor:
+        """The errors of these numbers, on their axes: how far each is from one in a more exact table.
+
+        That table may lack some labels, whose errors are not a number. A number that is undefined there is as wrong as
+        it is large.
+        """
+        where = [tensor([self._index(axis, label) for label in labels]) for axis, labels in exact.axes.items()]
+        at = meshgrid(*where, indexing="ij")
+        error, found = full_like(self.value, math.nan), self.value[at]
+        difference = (found - exact.value).abs()
+        error[at] = difference.where(exact.value.isfinite(), found.abs())
+        return error
 
     def _with(self, axes: Mapping[str, Sequence[Any]], function: Callable[[Tensor], Tensor]) -> "Table":
         spread = {name: function(numbers) for name, numbers in self.spread.items()}
-        return Table(axes, function(self.value), spread, self.windows)
+        error = None if self.error is None else function(self.error)
+        return Table(axes, function(self.value), spread, self.windows, error)
 
     def rows(self, **constants: Any) -> Iterator[Row]:
-        """Tidy rows, one finite number each, after the constants' columns; over windows more columns follow it."""
-        flat = {name: numbers.flatten().tolist() for name, numbers in self.spread.items()}
+        """Tidy rows, one finite number each, after the constants' columns.
+
+        Its error follows it, where there is one, and over windows more columns do.
+        """
+        beside = self.spread if self.error is None else {"error": self.error, **self.spread}
+        flat = {name: numbers.flatten().tolist() for name, numbers in beside.items()}
         labels = itertools.product(*([_columns(name, of) for of in known] for name, known in self.axes.items()))
         for index, (label, value) in enumerate(zip(labels, self.value.flatten().tolist(), strict=True)):
             if math.isfinite(value):
                 named = {name: of for columns in label for name, of in columns}
-                spread = {name: numbers[index] for name, numbers in flat.items()}
+                more = {name: numbers[index] for name, numbers in flat.items()}
                 counted = {} if self.windows is None else {"windows": self.windows}
-                yield {**constants, **named, "value": value, **spread, **counted}
+                yield {**constants, **named, "value": value, **more, **counted}
 
 
 Tables = dict[str, Table]

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def summary(experiment: Experiment[Raw], study: Study[Raw]) -> dict[str, Any]:
         **({"tokens": study.tokens} if study.tokens else {"corpus": study.counts, "interval": BOOTSTRAP}),
         "parity": certificate.to_dict() if certificate else "not checked (--no-parity)",
         "checks": study.checked.checks,
+        "rounding": {"about": study.rounding, "largest_error": largest_errors(study)},
         **experiment.summary(study),
         "verdicts": [verdict.to_json() for verdict in verdicts(experiment, study)],
         "versions": versions(),
@@ -37,6 +39,17 @@ def summary(experiment: Experiment[Raw], study: Study[Raw]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": experiment.command,
     }
+
+
+def largest_errors(study: Study[Any]) -> dict[str, dict[str, float]]:
+    """By table and, where it has several, by measure: the largest error by rounding of the numbers that have one."""
+    found = dict[str, dict[str, float]]()
+    for name, table in study.tables.items():
+        for metric in table.axes.get("metric", [None]):
+            error = (table if metric is None else table.at(metric=metric)).error
+            if error is not None and bool(error.isfinite().any()):
+                found.setdefault(name, {})[metric or name] = float(error[error.isfinite()].max())
+    return found
 
 
 def verdicts(experiment: Experiment[Raw], study: Study[Raw]) -> list[Verdict]:
@@ -101,5 +114,15 @@ def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterat
     if checked.checks:
         yield "checks, all hold:"
         yield from (f"  - {check['claim']}" for check in checked.checks)
+    yield from _rounding_in_words(study, columns)
     yield from experiment.lines(study, columns)
     yield from lines_of(verdicts(experiment, study), columns)
+
+
+def _rounding_in_words(study: Study[Any], columns: int) -> Iterator[str]:
+    """The largest error of every measure of the experiment's main table."""
+    errors = largest_errors(study).get("values", {})
+    figures = (
+        "; the largest are " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) if errors else ""
+    )
+    yield from textwrap.wrap(f"{study.rounding.removesuffix('.')}{figures}.", columns, subsequent_indent="  ")

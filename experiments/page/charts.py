@@ -12,6 +12,8 @@ HEIGHT = 320  # pixels
 ROW = 17
 """Pixels of a heat map's row."""
 
+WITHIN_ERROR = "isValid(datum.error) && abs(datum.value) <= datum.error"
+"""Whether a number is no larger than its error."""
 Filter = str
 """A Vega expression over `datum` and the parameters."""
 
@@ -125,10 +127,11 @@ def parts_by_block(
 ) -> dict[str, Any]:
     """Several norms as lines, by block; or, with `reach`, two parts and both together as bars beside each other.
 
-    `reach` is the largest absolute value of all rows: the axis stays where it is, also where no row is chosen.
+    `reach` is the largest absolute value of all rows: the axis stays where it is, also where no row is chosen. A bar
+    that is no longer than its `error` is faint.
     """
     x = place_axis(blocks, "block")
-    chart = _chart(data, filters, ["value", "place"])
+    chart = _chart(data, filters, ["value", "place", *([] if reach is None else ["error"])])
     tooltip = [alt.Tooltip("part:N"), alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
     legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
     height = alt.Y("value:Q", title=y)
@@ -142,7 +145,8 @@ def parts_by_block(
         y=height.scale(domain=[-reach, reach]),
         color=colour,
         xOffset=alt.XOffset("part:N", sort=list(parts)),
-        tooltip=tooltip,
+        opacity=alt.condition(WITHIN_ERROR, alt.value(0.25), alt.value(1.0)),
+        tooltip=[*tooltip, alt.Tooltip("error:Q", title="error by rounding", format=".2g")],
     )
     zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
     return _params(alt.layer(drawn, zero), params)

@@ -5,6 +5,7 @@ and the SVG are one chart, and differ only in who sets the parameters.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ LIGHT, DARK = "light", "dark"
 WIDTH = 760  # pixels, of the PNG and the SVG; a page makes charts as wide as it is itself
 DIGITS = 5
 """Significant ones, of the numbers in a page: more than an eye sees, and fewer bytes."""
-SHOWN = ("value", "low", "high")
-NUMBERS = (*SHOWN, "sd", "median", "q1", "q3", "windows")
+NUMBERS_SHOWN = ("value", "low", "high")
+NUMBERS = (*NUMBERS_SHOWN, "error", "sd", "median", "q1", "q3", "windows")
 """The columns of a table's row that hold numbers, and those of them that charts show."""
 VISIBLE = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421, ord(" "): 0xB7, ord("\n"): 0x23CE}
 """Control characters and white space as signs that can be seen: a file of SVG may not hold the first."""
@@ -122,25 +123,29 @@ def config(theme: str) -> dict[str, Any]:
     }
 
 
-def rounded(number: float) -> float | None:
+def rounded(number: float | None) -> float | None:
     """A number for a page; one that is not finite becomes null."""
-    return float(f"{number:.{DIGITS}g}") if abs(number) < float("inf") else None
+    return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
 
 
 def dataset(
-    rows: Iterable[Mapping[str, Any]], along: str = "", labels: Sequence[Any] = (), **constants: Any
+    rows: Iterable[Mapping[str, Any]],
+    along: str = "",
+    labels: Sequence[Any] = (),
+    shown: Sequence[str] = NUMBERS_SHOWN,
+    **constants: Any,
 ) -> list[dict[str, Any]]:
     """A chart's data, of a table's tidy rows, after the constants.
 
     Rows that differ in the column `along` alone become one, whose numbers are arrays over its labels: null where there
-    is no row. Without `along` every row stays one.
+    is no row. Without `along` every row stays one. `shown` are the columns of numbers that the charts need.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     place = {label: index for index, label in enumerate(labels)}
     for row in rows:
         named = {name: of for name, of in row.items() if name not in (along, *NUMBERS)}
         into = found.setdefault(tuple(named.values()), {**constants, **named})
-        for name in (name for name in SHOWN if name in row):
+        for name in (name for name in shown if name in row):
             if along:
                 into.setdefault(name, [None] * len(labels))[place[row[along]]] = rounded(row[name])
             else:
