@@ -249,6 +249,12 @@ def test_the_step_at_a_skipped_block_is_exactly_0_and_the_clean_profile_stands_b
     code, out, _ = run("skip_layer", "--layers", "2,5,6", "--output", tmp_path / "out")
     assert code == 0
     assert "true by construction" in out
+    (shown,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["block", "2"])
+    costs = [
+        value_of(tmp_path / "out", "skip_layer", metric=metric, depth=depth, positions="rest", skipped="block 2")
+        for metric, depth in (("loss_change", "final"), ("kl", "final"), ("changed", "final"), ("relative", 12))
+    ]
+    assert shown[2:] == [f"{cost:.4g}" for cost in costs]
     steps = rows_of(tmp_path / "out", "skip_layer", metric="step")
     assert {row["skipped"] for row in steps} == {"clean", "block 2", "block 5", "block 6", "blocks 5, 6"}
     zero = {(row["skipped"], row["depth"]) for row in steps if float(row["value"]) == 0}
