@@ -23,7 +23,7 @@ from experiments.harness.options import Options
 from experiments.harness.running import run_prompt
 from experiments.harness.table import Table, Tables, by_text, of_text
 from experiments.token_loss import study as token_loss
-from minigpt import GPT2, Comparison, GPT2Config, Tokenizer, compare, scaled
+from minigpt import GPT2, Comparison, GPT2Config, Tokenizer, compare, scaled, sweep
 from minigpt.model import SITES, Block
 from tests.blocks import Neurons
 from tests.conftest import SMALL, TINY, draw
@@ -102,6 +102,19 @@ def test_losses_of_text_and_target_are_those_of_a_run_of_its_own(
     for name, number in expected.items():
         found = value_of(tmp_path / "out", "token_loss", metric=name, layer=9, factor=2.0)
         assert found == pytest.approx(float(number), rel=1e-4, abs=1e-6), name
+
+
+def test_the_loss_of_every_token_changes_where_that_token_stands(tiny: GPT2, encoded: torch.Tensor) -> None:
+    settings = token_loss.LossSettings(model="", prompt=PROMPT, layers=(1, 9), factors=(0.6, 2.0), site="mlp")
+    experiment = token_loss.TokenLoss(settings)
+    tokens = experiment.measure(tiny, experiment.run(tiny, encoded.tolist(), alone=True))["tokens"].at(text=0)
+    losses = []
+    for values in ({}, {"blocks.9.mlp_scale": 0.6}):
+        with torch.no_grad(), scaled(tiny, values):
+            losses.append(F.cross_entropy(tiny(encoded)[0, :-1].double(), encoded[0, 1:], reduction="none"))
+    for position in range(1, encoded.shape[1]):
+        found = float(tokens.at(position=position, layer=9, factor=0.6).value)
+        assert found == pytest.approx(float(losses[1][position - 1] - losses[0][position - 1]), rel=1e-4, abs=1e-5)
 
 
 def test_without_a_target_the_prompts_last_token_is_it(run: Run, tmp_path: Path) -> None:
@@ -236,6 +249,12 @@ def test_the_step_at_a_skipped_block_is_exactly_0_and_the_clean_profile_stands_b
     code, out, _ = run("skip_layer", "--layers", "2,5,6", "--output", tmp_path / "out")
     assert code == 0
     assert "true by construction" in out
+    (shown,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["block", "2"])
+    costs = [
+        value_of(tmp_path / "out", "skip_layer", metric=metric, depth=depth, positions="rest", skipped="block 2")
+        for metric, depth in (("loss_change", "final"), ("kl", "final"), ("changed", "final"), ("relative", 12))
+    ]
+    assert shown[2:] == [f"{cost:.4g}" for cost in costs]
     steps = rows_of(tmp_path / "out", "skip_layer", metric="step")
     assert {row["skipped"] for row in steps} == {"clean", "block 2", "block 5", "block 6", "blocks 5, 6"}
     zero = {(row["skipped"], row["depth"]) for row in steps if float(row["value"]) == 0}
@@ -639,6 +658,26 @@ def test_factor_1_has_no_temperature_in_a_batch_of_unequal_lengths(tiny: GPT2, d
     assert float((values.at(metric="temperature").value - 1).abs().max()) < 1e-12
     for name in ("kl_from_clean", "kl_after_temperature"):
         assert float(values.at(metric=name).value.max()) < 1e-12
+
+
+def test_what_counts_as_rounding_is_the_kl_that_rounding_makes(tiny: GPT2, encoded: torch.Tensor) -> None:
+    """Logits that are off by one rounding of float32, up or down; in float64, the sums that make a kl of nothing."""
+    bound = token_loss._rounding(tiny, sweep(tiny, encoded, [0], [0.5], predictions=True))
+    with torch.no_grad():
+        logits = tiny(encoded)[0].double()
+    signs = torch.randint(2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    p = logits.log_softmax(-1)
+    mean = (p.exp() * logits).sum(-1).abs().max()
+    q = (logits + signs * mean * torch.finfo(torch.float32).eps).log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).max())
+    assert kl <= float(bound) < 4 * kl
+    wide = GPT2.from_pretrained(TINY, dtype=torch.float64)
+    same = sweep(wide, encoded, [0, 5], [1.0], predictions=True)
+    bound, found = token_loss._rounding(wide, same), token_loss._temperatures(wide, same)
+    assert float(found["kl_from_clean"].max()) <= float(bound) < 1e-13
+    assert float(bound) > torch.finfo(torch.float64).eps * float(mean), (
+        "a sum of such numbers may be off by more than one"
+    )
 
 
 def test_a_target_over_a_corpus_is_refused(run: Run, texts: Path, tmp_path: Path) -> None:

@@ -436,10 +436,10 @@ def test_the_earlier_half_decides_nothing_and_is_told() -> None:
 
 def test_token_loss_quotes_its_own_figures() -> None:
     found = loss_verdicts(
-        {"cooler": [(0.5, 1.0), (0.9, 0.9)]}, correlation=[[(0.995, 0.999)] * 2, [(0.995, 0.999), (0.97, 0.98)]]
+        {"cooler": [(0.5, 1.0), (0.9, 0.9)]}, correlation=[[(0.995, 0.999), (0.97, 0.98)], [(0.995, 0.999)] * 2]
     )
-    assert "lowest correlation is 0.975, when layer 7 is scaled" in found[1].evidence
-    assert found[1].figures["target_correlation"][1] == pytest.approx([0.997, 0.975, 0.9999])
+    assert "lowest correlation is 0.975, when layer 1 is scaled" in found[1].evidence
+    assert found[1].figures["target_correlation"][0] == pytest.approx([0.997, 0.975, 0.9999])
     assert "a share of 0.65 (0.6 to 0.7) of the layers lower the target's loss" in found[2].evidence
     assert "below 1 for a share of 0.75 (0.5 to 1) of the layers" in found[2].evidence
     assert "explain 0.67 (0.62 to 0.72) of the kl" in found[2].evidence

@@ -39,6 +39,12 @@ from experiments.page.figures import label_of
 from minigpt import Sweep
 from minigpt.measures import Measure
 
+GROWTH = {
+    "holds": "Later blocks add to the change, and turn it away from anything that a norm layer could undo.",
+    "does not hold": "For at least one factor, the later blocks take back some of the change.",
+    "undecided": "Some intervals include the threshold, so it is undecided whether the later blocks add to the change "
+    "for every factor.",
+}
 DILUTED = (
     "The change grows, but the stream outgrows it, so that in direction, which is all that a block reads, it shrinks: "
     "dilution, not repair."
@@ -243,12 +249,7 @@ def _growth(case: Case) -> Decision:
     sure = torch.stack([above(table, threshold) for table, threshold in tests])
     never = torch.stack([below(table, threshold) for table, threshold in tests])
     outcome = all_of(sure, never)
-    sentence = {
-        "holds": "Later blocks add to the change, and turn it away from anything that a norm layer could undo.",
-        "does not hold": "For at least one factor, the later blocks take back some of the change.",
-        "undecided": "Some intervals include the threshold, so it is undecided whether the later blocks add to the "
-        "change for every factor.",
-    }[outcome]
+    sentence = GROWTH[outcome]
     if bool(sure[:2].all()) and bool(never[2].any()):
         diluted = bool((never[2] & below(dilution, UNCHANGED)).any())
         sentence = DILUTED if diluted else TURNED_BACK
