@@ -96,7 +96,7 @@ def test_the_study_writes_its_files_and_nothing_else(finished: Path) -> None:
 
 
 def test_the_table_is_tidy_and_whole(finished: Path) -> None:
-    columns = ["model", "site", "layer", "factor", "depth", "positions", "metric", "value"]
+    columns = ["model", "site", "layer", "factor", "depth", "positions", "metric", "value", "error"]
     assert list(rows_of(finished)[0]) == columns
     # 21 factors, 3 position sets; 13 depths and final for four measures, 13 depths for passive and for six of what
     # blocks write, final alone for four of predictions, but that the loss of the last token's successor has no number
