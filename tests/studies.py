@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[type[harness.Experiment[Any]], type[harness.Settings], di
     "heads": (
         divergence.Divergence,
         divergence.GridSettings,
-        {"layers": (2, 0), "factors": FACTORS[:3], "site": "head", "heads": (2, 0), "positions": (3,)},
+        {"layers": (2, 0), "factors": FACTORS[:3], "site": "head", "indices": (2, 0), "positions": (3,)},
     ),
     "mlp": (divergence.Divergence, divergence.GridSettings, {"layers": (1,), "factors": FACTORS[:2], "site": "mlp"}),
     "token_loss": (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from experiments.divergence.study import Divergence, GridSettings
 from experiments.harness import experiment as harness
+from experiments.harness import running, writing
 from experiments.harness.options import parse_numbers
 from minigpt import GPT2, GPT2Config, Tokenizer, generate, hub, parity
 from minigpt.config import OFFICIAL
@@ -64,9 +65,9 @@ def verdicts(name: str, folder: Path) -> dict[int, str]:
     """The classic study, written into a folder: the number of each claim, and its verdict."""
     factors = parse_numbers("0.5:1.5:0.05", "--factors")
     experiment = Divergence(GridSettings(model=name, prompt=harness.PROMPT, layers=(2,), factors=factors))
-    study = harness.run_prompt(experiment, GPT2.from_pretrained(name), Tokenizer.from_pretrained(name))
-    harness.write(experiment, study, folder)
-    return {verdict.number: verdict.verdict for verdict in harness.verdicts(experiment, study)}
+    study = running.run_prompt(experiment, GPT2.from_pretrained(name), Tokenizer.from_pretrained(name))
+    writing.write(experiment, study, folder)
+    return {verdict.number: verdict.verdict for verdict in writing.verdicts(experiment, study)}
 
 
 def test_what_the_official_weights_are_put_through_runs_on_tiny(
@@ -81,7 +82,7 @@ def test_what_the_official_weights_are_put_through_runs_on_tiny(
     assert losses[1] < losses[0]
     first, rest = deviations(name)
     assert first.shape == rest.shape == (12,)
-    monkeypatch.setattr(harness, "_draw", lambda *_: None)  # the charts take longer than all the rest
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)  # the charts take longer than all the rest
     assert verdicts(name, tmp_path / "results")[1] == "true by construction"
     assert (tmp_path / "results" / "summary.json").exists()
 

@@ -698,7 +698,7 @@ def words_of(verdict: dict[str, Any]) -> str:
 
 FACTS = {
     "layers": {"site": "output", "layers": "2, 0", "factors": "0.75, 1.75, 1, 0.5"},
-    "heads": {"site": "head", "layers": "2, 0", "factors": "0.75, 1.75, 1", "heads": "2, 0", "positions": "3"},
+    "heads": {"site": "head", "layers": "2, 0", "factors": "0.75, 1.75, 1", "indices": "2, 0", "positions": "3"},
     "token_loss": {"site": "output", "layers": "0, 2, 3", "factors": "2, 0.6"},
 }
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.divergence import study as divergence
 from experiments.divergence.study import Divergence, GridSettings
-from experiments.harness import command, experiment
+from experiments.harness import command, experiment, running
 from experiments.harness.corpus import Shards, Survey, Texts, digest_of
 from experiments.harness.ranks import Ranks
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
@@ -290,10 +290,10 @@ def test_weights_that_are_edited_during_a_study_make_its_certificate_void(
     study = kind(GridSettings(model=str(TINY), prompt=experiment.PROMPT, layers=(2,), factors=(0.5,)))
     model, tokenizer = GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY)
     if not refused:
-        assert experiment.run_prompt(study, model, tokenizer).checked.certificate is not None
+        assert running.run_prompt(study, model, tokenizer).checked.certificate is not None
         return
     with pytest.raises(parity.CheckError, match="edited after the model was certified"):
-        experiment.run_prompt(study, model, tokenizer)
+        running.run_prompt(study, model, tokenizer)
 
 
 def test_windows_of_edited_weights_are_not_taken_up_by_a_later_run(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_windows_of_edited_weights_are_not_taken_up_by_a_later_run(tmp_path: Pat
         settings = GridSettings(model=str(TINY), prompt=None, layers=(2,), factors=(0.5,), texts=texts)
         model, tokenizer = GPT2.from_pretrained(TINY), Tokenizer.from_pretrained(TINY)
         with ExitStack() as held:
-            return experiment.run_over_corpus(kind(settings), model, tokenizer, tmp_path / folder, Ranks(), held)
+            return running.run_over_corpus(kind(settings), model, tokenizer, tmp_path / folder, Ranks(), held)
 
     with pytest.raises(parity.CheckError, match="edited after"):
         run(Edited, "out")
