@@ -30,6 +30,8 @@ from minigpt.predictions import Predictions, predict
 
 CPU_SLAB, GPU_SLAB = 1024, 65536
 """Tokens that go through a block together: on a CPU few enough to stay in its cache, on a GPU enough to fill it."""
+SUM_ROUNDINGS = 4
+"""A block adds what its sublayers write to the stream one after the other: so many roundings, relative, at the most."""
 SQUARES = ("difference_sq", "run_sq", "inner")
 """What is kept of every row at every place, as `Statistics` has it."""
 Predict = Callable[[GPT2, Tensor, Tensor, Tensor], Predictions]
@@ -88,8 +90,10 @@ class Job:
     def refuse(self, what: str, run: int | None) -> NoReturn:
         """Raise StreamOverflowError, in a sentence that names the run, None being the clean one."""
         whose = "in the clean run" if run is None else f"under {self.named(run)}"
-        then = "take float64" if run is None else "take a smaller value, or float64"
-        raise StreamOverflowError(f"{what} {whose}, in {self.model.dtype}; {then}.".replace("torch.", ""))
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        advice = [*(["a smaller value"] if run is not None else []), *(["float64"] if dtype != "float64" else [])]
+        then = f"; take {', or '.join(advice)}" if advice else ""
+        raise StreamOverflowError(f"{what} {whose}, in {dtype}{then}.")
 
 
 def predict_logits(model: GPT2, streams: Tensor, ids: Tensor, lengths: Tensor) -> Predictions:
@@ -196,31 +200,32 @@ class Pass:
     def _through(self, layer: int, block: Block, streams: Tensor, left: int) -> dict[str, Tensor]:
         """Bring the streams through a block, in place.
 
-        So many of the first rows had left the clean run before; the others begin here, as the clean row.
-        Returns what the block wrote otherwise into the first ones, and what it added to all, by the names that
-        `Statistics` has for it.
+        `left` rows have left the clean run already; the others leave it in this block, and start as copies of the clean
+        row. Returns, of the first group, how what the block wrote differs from the clean run, and of all rows the norm
+        of what it added, by the names that `Statistics` has for it.
         """
         streams[left:] = streams[0]
         runs: list[int | None] = [None, *self.runs[: len(streams) - 1]]
-        changed = self._values(layer, runs[left:])
-        shared = Shared(block, len(self.ids), changed) if changed and not self.job.tangents else None
+        shared = None
+        if left < len(streams) and not self.job.tangents:
+            shared = Shared(block, len(self.ids), self._named(layer, runs))
         written, steps, clean = list[Tensor](), list[Tensor](), None
         for start, slab in self._slabs(streams):
             of_slab = runs[start : start + len(slab)]
             before = of_slab[: max(0, left - start)]
+            values = self._values(layer, of_slab)
             with (
                 _observed(block) as writes,
                 self._within_range(block, f"the norm layers of block {layer}", of_slab),
                 shared.among(len(slab), len(slab) - len(before), first=start == 0) if shared else nullcontext(),
             ):
-                out = _call(block, slab, self._values(layer, of_slab))
+                out = _call(block, slab, values)
             if before:
-                values = self._values(layer, before)
                 parts = _writes(writes, slab, len(before), values)
                 clean = clean or Clean.of(slab, out, parts)
                 parts = {part: parts[part] for part in clean.writes}
-                after = None if parts and not values else out[: len(before)]
-                written.append(self._written(clean, slab[: len(before)], after, parts))
+                named = [row for row, run in enumerate(before) if self._named(layer, [run])]
+                written.append(self._written(clean, slab[: len(before)], out[: len(before)], parts, named))
             steps += [squared_norms(out - slab)] if self.job.steps else []
             slab.copy_(out)
         return {name: torch.cat(found).double() for name, found in (("written", written), ("steps_sq", steps)) if found}
@@ -237,9 +242,8 @@ class Pass:
             most = largest_normed(x.dtype, x.shape[-1])
             low, high = torch.aminmax(x)
             if not (-most <= float(low) and float(high) <= most):
-                rows = x.reshape(len(runs), -1) if x.numel() % len(runs) == 0 else x.reshape(1, -1)
-                beyond = (~(rows.abs().amax(1) <= most)).nonzero()[0]
-                self.job.refuse(f"The stream is too large for {where}", runs[int(beyond)])
+                beyond = (~(x.abs().flatten(1).amax(1) <= most)).nonzero()[0]
+                self.job.refuse(f"The stream is too large for {where}", runs[int(beyond) // len(self.ids)])
 
         kinds = (nn.LayerNorm, nn.RMSNorm, type(self.job.model.final_norm))
         with ExitStack() as hooks:
@@ -264,12 +268,18 @@ class Pass:
         prefix, model = f"blocks.{layer}.", self.job.model
         given = [{} if run is None else self.job.runs[run] for run in runs]
         found = dict[str, Tensor]()
-        for name in dict.fromkeys(name for run in given for name in run if name.startswith(prefix)):
+        for name in (prefix + leaf for leaf in self._named(layer, runs)):
             native = self.job.declared[name]
             neutral = torch.full((1,) * len(native.shape), native.neutral, dtype=model.dtype, device=model.device)
             rows = [self._cut(run.get(name, neutral), native.shape) for run in given]
             found[name.removeprefix(prefix)] = torch.stack(torch.broadcast_tensors(*rows))
         return found
+
+    def _named(self, layer: int, runs: Sequence[int | None]) -> list[str]:
+        """The parameters of a block that some runs name, by their names in the block."""
+        prefix, given = f"blocks.{layer}.", (self.job.runs[run] for run in runs if run is not None)
+        named = dict.fromkeys(name for run in given for name in run if name.startswith(prefix))
+        return [name.removeprefix(prefix) for name in named]
 
     def _cut(self, value: Tensor, words: Sequence[str]) -> Tensor:
         """A value of the texts and positions of this pass."""
@@ -287,19 +297,26 @@ class Pass:
         tangent = forward_ad.unpack_dual(x).tangent
         return (torch.zeros_like(x) if tangent is None else tangent).to(wide)
 
-    def _written(self, clean: "Clean", before: Tensor, after: Tensor | None, parts: Mapping[str, Tensor]) -> Tensor:
+    def _written(
+        self, clean: "Clean", before: Tensor, after: Tensor, parts: Mapping[str, Tensor], named: Sequence[int]
+    ) -> Tensor:
         """What a block, its attention and its MLP wrote otherwise than in the clean run: [row, writer, 2, batch,
         position], the two numbers of `Statistics.written`; not a number for a sublayer that the block does not have.
 
-        The block's own write is the sum of its sublayers', where no stream `after` it is given: the difference of two
-        streams would also hold the rounding of the streams, which can be larger than the write.
+        The block's own write is the sum of its sublayers'. The difference of the streams before and after it would hold
+        their rounding too, which can be larger than the write. It is taken only where there are no such parts, and for
+        the rows whose run has `named` a parameter of the block: that may act on more than what the sublayers write.
         """
         carried = self._difference(before, clean.before)
         writes = {f"{part}_written": self._difference(write, clean.writes[part]) for part, write in parts.items()}
-        whole = (
-            torch.stack([*writes.values()]).sum(0) if after is None else self._difference(after, clean.after) - carried
-        )
-        writes["written"] = whole
+        if not parts or named:
+            by_streams = self._difference(after, clean.after) - carried
+        if parts:
+            writes["written"] = reduce(torch.add, list(writes.values()))
+            if named:
+                writes["written"][list(named)] = by_streams[list(named)]
+        else:
+            writes["written"] = by_streams
         numbers = carried.new_full((len(carried), len(WRITERS), 2, *carried.shape[1:-1]), torch.nan)
         for index, write in ((index, writes[writer]) for index, writer in enumerate(WRITERS) if writer in writes):
             numbers[:, index, 0] = torch.linalg.vecdot(write, write)
@@ -364,20 +381,24 @@ class Clean:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, writes: Mapping[str, Tensor]) -> "Clean":
-        """Of the slab that it stands first in; sublayers count as writers where what they return adds up to the block's
-        own write, which of a norm behind them, say, it does not."""
+        """Of the slab that it stands first in.
+
+        Sublayers count as writers where what they return adds up, at every position, to what the block writes: with a
+        norm behind them, say, it does not.
+        """
         x, y, parts = before[0].clone(), after[0].clone(), {part: write[0].clone() for part, write in writes.items()}
-        left = _primal(y).double() - _primal(x).double() - sum(_primal(write).double() for write in parts.values())
-        add_up = squared_norms(left).sum() <= torch.finfo(x.dtype).eps * squared_norms(_primal(y)).sum()
-        return cls(x, y, parts if add_up else {})
+        terms = [_primal(y).double(), *(-_primal(term).double() for term in (x, *parts.values()))]
+        rounding = torch.finfo(x.dtype).eps ** 2 * sum(squared_norms(term) for term in terms)
+        add_up = squared_norms(reduce(torch.add, terms)) <= SUM_ROUNDINGS**2 * rounding
+        return cls(x, y, parts if bool(add_up.all()) else {})
 
 
 class Shared:
     """What the modules of a block make of the clean row, for the runs that leave it there.
 
-    A product rounds otherwise with other rows beside it. So of a row that reads the very bits that the clean row reads,
-    a module computes nothing: it gets what the clean row got. Runs that leave a block late in it share all before, bit
-    for bit, and nothing clean is computed twice. Modules in which a leaving run changes a parameter are left out.
+    A matrix product rounds differently when other rows stand beside it. So if a row's input equals the clean row's bit
+    for bit, it gets the clean row's result instead of a new one. Runs that leave a block late in it share all before,
+    bit for bit, and nothing clean is computed twice. Modules in which any run changes a parameter are left out.
     """
 
     def __init__(self, block: Block, texts: int, changed: Iterable[str]) -> None:
@@ -420,7 +441,7 @@ class Shared:
             repeats = _repeats(x[old:], x[:texts])
             out = forward(x[:old] if repeats else x, *given[1:], **named)
             if not isinstance(out, Tensor) or len(out) != (old if repeats else rows):
-                return forward(*given, **named)
+                return forward(*given, **named) if repeats else out
             made = out[:texts]
             self.clean.setdefault(module, []).append((x[:texts].clone(), made.clone()))
             return torch.cat([out, _repeated(made, new)]) if repeats else out
@@ -474,7 +495,7 @@ def _writes(
         if all(of.numel() == slab.numel() for of in tensors):
             write = reduce(torch.add, (of.view_as(slab)[:rows] for of in tensors))
             scale = values.get(f"{part}_scale")
-            found[part] = write if scale is None else write * scale
+            found[part] = write if scale is None else write * scale[:rows]
     return found
 
 

@@ -12,5 +12,5 @@ def _leave(*_: object) -> None:
 
 
 # Nobody else's program is touched; `cli.run` makes an interrupt an exception again.
-if Path(sys.argv[0]).stem == "minigpt" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if sys.argv and Path(sys.argv[0]).stem == "minigpt" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _leave)

@@ -2,7 +2,8 @@
 
 Axes: [*run, place, batch, position] for what differs between runs, [place, batch, position] for the clean run. A place
 is a depth 0 .. n_layer, or `final`, which stands last. The axes of the runs are the caller's: layer and factor of a
-sweep, interventions, scales. Streams may be float32; squares are summed in float64.
+sweep, interventions, scales. Streams may be float32; squares are summed in float64, but for what blocks write: in the
+model's type, or float32 where that is shorter.
 
 Over a set of positions a stream counts as one long vector, all its positions' vectors joined: norms are
 Frobenius norms, and cosines of carried and written are cosines of those long vectors. `cosine`,

@@ -42,8 +42,8 @@ class Native:
     neutral: float = 1.0
     """The value that changes nothing."""
     index: str | None = None
-    """What an entry of the first axis that is a field of the config is called, where each has a value of its own: such
-    as head."""
+    """What one entry is called if each has its own value: head, for example. Entries lie on the first axis that is a
+    field of the config."""
 
     def __post_init__(self) -> None:
         if self.shape[:1] != ("batch",) or (self.index and set(self.shape) <= set(TEXT_AXES)):

@@ -129,7 +129,7 @@ def certify(model: GPT2, live: bool = False) -> Certificate:
         raise ValueError(f"A live check asks transformers, which has no counterpart of {name}.")
     own = fingerprint(model)
     try:
-        stored = fingerprint(as_stored(model, model.dtype)) if model.source else own
+        stored = fingerprint(_again(model, model.dtype)) if model.source else own
         certificate = replace(_compared(model, live), weights=own)
     except CheckpointError as error:  # the folder is gone, or another one now, or too odd for transformers
         return Certificate("not certified", "", problems=(str(error),), weights=own)
@@ -146,11 +146,8 @@ def _own_name(model: GPT2) -> str | None:
     return block_name(model.block) if kind is GPT2 else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def as_stored(model: GPT2, dtype: torch.dtype) -> GPT2:
-    """A model as its checkpoint has it, in a type; a copy of one that has none.
-
-    Raises CheckpointError where the checkpoint is no longer there.
-    """
+def _again(model: GPT2, dtype: torch.dtype) -> GPT2:
+    """A model as its checkpoint has it; a copy of one that has none."""
     if model.source is None:
         return copy.deepcopy(model).to(dtype)
     loaded = type(model).from_pretrained(model.source.directory, dtype=dtype, block=model.block)
@@ -215,7 +212,7 @@ def _not_comparable(model: GPT2) -> Certificate:
 
 def _in_float32(model: GPT2, live: bool) -> Certificate:
     """Certify what a half-precision model was rounded from: the checkpoint, or where there is none its own weights."""
-    certificate = _compared(as_stored(model, torch.float32).to(model.device), live)
+    certificate = _compared(_again(model, torch.float32).to(model.device), live)
     return replace(certificate, against=f"{certificate.against}, in float32" if certificate.against else "")
 
 

@@ -116,17 +116,23 @@ class Gathered:
                 if name not in names:
                     found, expected = found.select(axes, place), clean[place]
                 found[~self.left[..., place]] = expected
-        predictions = [Predictions(**{name: of[name] for name in names}) if names else None for of in self.both]
-        steps = [of["steps_sq"].narrow(-3, 1, self.job.count - 2) if self.job.steps else None for of in self.both]
-        written = self.found["written"].movedim((axes + 1, axes + 2), (0, 1))
-        squares = [self.found[name] for name in SQUARES]
-        clean_sq, lengths = self.clean["run_sq"], self.job.lengths
-        return Statistics(self._sites(), *squares, clean_sq, lengths, written, *predictions, *steps)  # type: ignore[call-arg, arg-type]
 
-    @property
-    def both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The numbers of the cells, and of the clean run."""
-        return self.found, self.clean
+        def of(numbers: dict[str, Tensor]) -> dict[str, Any]:
+            kept = Predictions(**{name: numbers[name] for name in names}) if names else None
+            steps = numbers["steps_sq"].narrow(-3, 1, self.job.count - 2) if self.job.steps else None
+            return {"predictions": kept, "steps_sq": steps}
+
+        return Statistics(
+            sites=self._sites(),
+            difference_sq=self.found["difference_sq"],
+            run_sq=self.found["run_sq"],
+            inner=self.found["inner"],
+            clean_sq=self.clean["run_sq"],
+            lengths=self.job.lengths,
+            written=self.found["written"].movedim((axes + 1, axes + 2), (0, 1)),
+            **of(self.found),
+            **{f"clean_{name}": kept for name, kept in of(self.clean).items()},
+        )
 
     def _sites(self) -> Tensor:
         """The depth at which all that a run names has acted: [*cell]; 0 for a cell that no run fills."""
@@ -138,8 +144,8 @@ class Gathered:
 def plan(job: Job, max_bytes: int | None) -> list[Pass]:
     """The passes that run everything on every text, each within `max_bytes` (default: a share of what is free).
 
-    Texts are split before runs are, for every pass runs its texts clean. Raises ValueError when one text with one run
-    needs more.
+    Texts are split before runs, because every pass has to run its texts clean as well. Raises ValueError when one text
+    with one run needs more.
     """
     allowed = int(free_bytes(job.model.device) * SHARE_OF_FREE_MEMORY) if max_bytes is None else max_bytes
     order = sorted(range(len(job.runs)), key=lambda run: leaves_at(job.runs[run]))

@@ -22,8 +22,8 @@ CELL_ROUNDINGS = 80
 """A cell of the pass may differ from the same cell alone by this many roundings, relative (1e-5 in float32): matrix
 products over another number of rows add up in another order."""
 LEAST_SHARE = 1 / 16
-"""Of the stream's norm: a smaller difference counts as so large in this, for the stream's own rounding is in it. A
-silent neuron's is nothing else."""
+"""Differences smaller than this share of the stream's norm are compared with that share instead, because they contain
+the stream's own rounding. A silent neuron's difference is only rounding."""
 
 
 @dataclass(frozen=True)

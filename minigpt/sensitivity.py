@@ -132,13 +132,14 @@ def _derivatives(model: GPT2, dual: Tensor, ids: Tensor, lengths: Tensor) -> Pre
         fisher = (p * (dz - mean).square()).sum(-1)
         loss = mean.squeeze(-1) - dz.gather(-1, following[tokens][None, :, None].expand(rows, -1, 1)).squeeze(-1)
         centred, moved = z - z.mean(-1, keepdim=True), dz - dz.mean(-1, keepdim=True)
-        along = inner_products(centred, moved).square() / squared_norms(centred)
-        parts.append(torch.stack([fisher, loss, -(squared_norms(moved) - along) / squared_norms(centred)]))
+        spread = squared_norms(centred).clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 shall be 0
+        along = inner_products(centred, moved).square() / spread
+        parts.append(torch.stack([fisher, loss, -(squared_norms(moved) - along) / spread]))
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     fisher, loss, correlation = torch.cat(parts, -1).unflatten(-1, ids.shape).cpu().masked_fill(padding, 0.0)
     loss[:, torch.arange(len(ids)), lengths - 1] = 0.0
-    flat_ones = torch.zeros(rows, len(ids), 1)
-    none = dict.fromkeys(("top", "top_probability"), flat_ones) | dict.fromkeys(
+    no_token = torch.zeros(rows, len(ids), 1)
+    none = dict.fromkeys(("top", "top_probability"), no_token) | dict.fromkeys(
         ("entropy", "clean_logit", "likeliest", "rank"), torch.zeros_like(fisher)
     )
     return Predictions(kl=fisher, loss=loss, correlation=correlation, **none)

@@ -37,6 +37,7 @@ CORE = ("test_compare", "test_sensitivity", "test_blocks", "test_sweep", "test_m
 STUDY = ("test_study", "test_report", "test_experiments")
 QUICK = {
     "minigpt/engine.py": ("test_compare", "test_sweep", "test_limits"),
+    "minigpt/passes.py": ("test_compare", "test_sweep", "test_limits"),
     "minigpt/measures.py": ("test_measures", "test_sweep"),
     "minigpt/predictions.py": ("test_predictions", "test_measures"),
     "minigpt/sensitivity.py": ("test_sensitivity",),
@@ -55,6 +56,7 @@ QUICK = {
 """The mutated files, and the tests that run first on their mutants, in that order."""
 OTHERS = {
     "minigpt/engine.py": ("test_blocks", "test_sensitivity", "test_predictions", "test_measures"),
+    "minigpt/passes.py": ("test_blocks", "test_sensitivity", "test_predictions", "test_measures"),
     "minigpt/measures.py": ("test_predictions", "test_compare", "test_sensitivity"),
     "minigpt/predictions.py": ("test_compare", "test_sweep", "test_blocks"),
     "minigpt/sensitivity.py": ("test_blocks",),

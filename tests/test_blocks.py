@@ -319,7 +319,9 @@ def test_a_block_that_counts_its_rows_is_computed_rightly() -> None:
             torch.testing.assert_close(found, expected, **SAME)
 
 
-def test_writes_that_do_not_add_up_to_the_blocks_own_are_not_reported() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("first", [1.0, 100.0])
+def test_writes_that_do_not_add_up_to_the_blocks_own_are_not_reported(dtype: torch.dtype, first: float) -> None:
     class Normed(Block):
         """A norm stands behind its attention: what that returns is not what is written."""
 
@@ -327,7 +329,10 @@ def test_writes_that_do_not_add_up_to_the_blocks_own_are_not_reported() -> None:
             u = x + self.attention_scale * self.attention_norm(self.attention(x))
             return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)))
 
-    result = sweep(draw(GPT2Config(**SMALL), block=Normed), TEXTS, (1,), (0.5,))
+    model = draw(GPT2Config(**SMALL), block=Normed)
+    with torch.no_grad():
+        model.position_embedding.weight[0] *= first  # a first token that is much longer than the others
+    result = sweep(model.to(dtype), TEXTS, (1,), (0.5,))
     assert result.measure("written", "rest")[0, 0, 3:-1].isfinite().all()
     for name in ("attention_written", "mlp_written", "attention_alignment"):
         assert result.measure(measure_named(name), "rest")[0, 0, 3:].isnan().all()

@@ -19,8 +19,8 @@ pytest.importorskip("altair")
 
 from experiments.harness import writing
 from experiments.harness.options import parse_indices
-from experiments.page import report
-from experiments.page.figures import label_of, rounded
+from experiments.page import charts, report
+from experiments.page.figures import Figure, Figures, label_of, rounded
 from minigpt import Sweep, compare, sensitivity, sweep
 from minigpt.measures import MEASURES
 from tests import seen
@@ -699,3 +699,18 @@ def test_the_terminal_of_skip_layer_has_a_line_for_each_skip(corpus: bool) -> No
     for i, name in enumerate(SKIPPED):
         wanted = [float(found.measure(of, "rest")[i, place].mean()) for of, place in places.items()]
         assert [float(number) for number in numbers_after(lines, name)] == pytest.approx(wanted, rel=6e-4)
+
+
+def test_a_bar_that_is_no_longer_than_its_error_is_faint() -> None:
+    blocks, data = ["block 0", "block 1"], {"attention": ([0.5, -0.1], [0.2, 0.3]), "MLP": ([0.4, -0.2], [None, 0.1])}
+    spec = charts.parts_by_block("d", [], blocks, "cosine", {}, ["attention", "MLP", "both"], 1.0)
+    rows = [{"part": part, "value": values, "error": errors} for part, (values, errors) in data.items()]
+    chart = shown(Figures([Figure("bars", "", "", "", spec)], {"d": rows}, {"d": blocks}), "bars")
+    found = {
+        (mark.said["place"], mark.said["part"]): mark.item.get("opacity", 1)
+        for mark in chart.marks
+        if "part" in mark.said
+    }
+    faint = ("block 1", "attention")
+    assert {key for key, opacity in found.items() if opacity < 0.5} == {faint}
+    assert len(found) == 4

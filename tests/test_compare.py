@@ -53,6 +53,35 @@ def test_every_intervention_is_what_a_run_of_its_own_gives(
             assert torch.equal(found.statistics.predictions.likeliest[row, text, :real], logits.argmax(-1))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_runs_that_meet_in_a_block_do_not_change_each_other(
+    model: GPT2, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some leave the clean run where others, which left it before, change what lies within a module of the block."""
+    monkeypatch.setattr(sys.modules["minigpt.engine"], "CPU_SLAB", 12 * rows)
+    heads = torch.tensor([0.5, 1.0, 2.0])
+    runs: list[dict[str, float | torch.Tensor]] = [
+        {"blocks.1.output_scale": 0.5, "blocks.2.attention.head_scale": heads},
+        {"blocks.2.output_scale": 0.3},
+        {"blocks.2.mlp_scale": 0.0, "blocks.3.attention.head_scale": 2 * heads},
+        {"blocks.0.mlp_scale": 1.5, "blocks.2.attention_scale": 0.0},
+        {"blocks.3.attention_scale": -1.0},
+    ]
+    found = compare(model, TEXTS, runs)
+    for row, values in enumerate(runs):
+        alone = compare(model, TEXTS, [values])
+        for name in ("frobenius", "written", "attention_alignment"):
+            torch.testing.assert_close(
+                found.measure(name, "all")[row], alone.measure(name, "all")[0], equal_nan=True, rtol=1e-8, atol=1e-10
+            )
+        with torch.no_grad(), scaled(model, values):
+            changed = model.residuals(torch.tensor(TEXTS[:1]))[:, 0]
+        clean = model.residuals(torch.tensor(TEXTS[:1]))[:, 0].detach()
+        torch.testing.assert_close(
+            found.statistics.difference_sq[row, :-1, 0], (changed - clean).square().sum(-1), **SAME
+        )
+
+
 def test_a_skipped_block_changes_nothing_between_its_depths(model: GPT2) -> None:
     statistics = compare(model, TEXTS, edits(), steps=True).statistics
     assert statistics.steps_sq is not None and statistics.clean_steps_sq is not None

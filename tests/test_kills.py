@@ -29,7 +29,7 @@ import torch
 import typer
 
 from experiments.divergence import study as divergence
-from experiments.harness import corpus, experiment, writing
+from experiments.harness import corpus, writing
 from experiments.tools import train
 from minigpt import GPT2, CheckpointError, GPT2Config, checkpoint, cli, files, hub
 from minigpt.checkpoint import CONFIG, ORIGIN, WEIGHTS
@@ -242,7 +242,7 @@ def write_in_place() -> None:
         yield folder
 
     files.write_atomically = write_slowly
-    experiment.results_in = results_in_place
+    writing.results_in = results_in_place
     write_one_by_one()
 
 

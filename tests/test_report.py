@@ -527,7 +527,7 @@ def test_a_corpus_page_has_bands_and_no_tokens(
     page.select_option("select[name=layer]", index=1)
     page.wait_for_timeout(500)
     assert drawn(page)["lines"] != charts["lines"]
-    assert "too few for an interval" in page.inner_text("#verdicts + ol, .verdicts")
+    assert "is too narrow to be trusted" in page.inner_text("#verdicts + ol, .verdicts")
 
 
 # Every number of a page, in Chromium: its charts beside the saved ones, which tests/test_charts.py compares with runs
@@ -640,6 +640,7 @@ def has_tooltips(chart: Chart, label: str | None) -> None:
     for mark in chart.marks:
         if mark.kind in ("rect", "symbol", "line"):
             names = {"place", "value"} | ({label} if label in mark.said else set())
+            names |= {"error by rounding"} & set(mark.said)
             tooltip = {name: str(value) for name, value in mark.item["tooltip"].items()}
             assert set(tooltip) == names
             assert tooltip.items() <= mark.said.items()

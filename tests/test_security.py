@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.divergence import study as divergence
 from experiments.divergence.study import Divergence, GridSettings
-from experiments.harness import command, experiment, running
+from experiments.harness import command, experiment, running, writing
 from experiments.harness.corpus import Shards, Survey, Texts, digest_of
 from experiments.harness.ranks import Ranks
 from minigpt import GPT2, CheckpointError, Sweep, Tokenizer, cli, hub, parity, sweep
@@ -85,7 +85,7 @@ def test_what_a_strangers_files_say_is_shown_without_steering(
     parsed = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     parsed["added_tokens"][0]["content"] = "\x1b[2J"
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(parsed))
-    monkeypatch.setattr(experiment, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     for arguments in (["verify", str(tmp_path / "model")], ["--output", str(tmp_path / "out")]):
         prompt = ["--model", str(tmp_path / "model"), "--prompt", "so \x1b[2J it", "--factors", "0.5"]
         monkeypatch.setattr(sys, "argv", ["minigpt", *arguments, *([] if arguments[0] == "verify" else prompt)])
@@ -157,7 +157,7 @@ def test_a_hostile_result_file_is_a_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A summary in the output folder, and with --overwrite it is replaced, and nothing outside is touched."""
-    monkeypatch.setattr(experiment, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
     for name in ("x.csv", "deep/out/notes.txt", "deep/out/numbers.csv", "deep/out/n_thesis/thesis.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")

@@ -112,11 +112,12 @@ def test_positions_that_were_ignored_are_noticed(model: GPT2, site: str) -> None
 
 
 class Touched(Block):
-    """Adds a hair to the stream when a scale is set, whatever its value."""
+    """Adds a hair to the stream when a scale is set, to what it is anyway."""
 
     def forward(self, x: Tensor, cache: object = None) -> Tensor:
         out = super().forward(x)
-        return out if isinstance(self.mlp_scale, nn.Parameter) else out + 1e-9
+        neutral = bool((self.mlp_scale == 1).all())
+        return out + 1e-9 if neutral and not isinstance(self.mlp_scale, nn.Parameter) else out
 
 
 def test_a_factor_1_that_is_not_bit_identical_is_noticed_and_nothing_else() -> None:

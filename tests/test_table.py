@@ -89,7 +89,7 @@ def test_the_errors_of_a_table_are_its_distances_to_a_more_exact_one_by_label() 
     table = by_text(torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, math.nan]]]), layer=[3, 7], metric=["a", "b", "c"])
     exact = by_text(torch.tensor([[[5.5, math.nan], [4.0, 1.0]]]), layer=[7, 3], metric=["b", "a"])
     expected = [[0.0, 2.0, math.nan], [4.0, 0.5, math.nan]]  # where the exact one is undefined, all of the number
-    assert_close(table.beside(exact), torch.tensor([expected]), equal_nan=True)
+    assert_close(table.beside(exact), torch.tensor([expected], dtype=torch.float64), equal_nan=True)
     with pytest.raises(ValueError, match="no metric 'd'"):
         table.beside(by_text(torch.zeros(1, 1, 1), layer=[3], metric=["d"]))
 
@@ -104,3 +104,9 @@ def test_errors_go_with_their_numbers() -> None:
     grown = table.map(torch.exp).error
     assert grown is not None
     assert_close(grown, (value + error).exp() - value.exp())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_counts_and_flags_have_errors_too(dtype: torch.dtype) -> None:
+    table, exact = (by_text(torch.tensor([[0, 1, 1]]).roll(by, 1).to(dtype), which=["a", "b", "c"]) for by in (0, 1))
+    assert table.beside(exact).tolist() == [[1.0, 1.0, 0.0]]

@@ -68,16 +68,16 @@ def evidence(table: Table, rounding: float = 0.0) -> Tables:
     of `relative` at the last depth over that at the site; `turning`, `gauge_free` at the last depth less that after
     the first block that could react; `last_block`, log of what that block multiplies the difference by.
     `with_first` [text, layer, factor, depth]: log of the difference over all positions over that over the rest;
-    `with_first_mean` [text, layer] its mean over factors and over depths from the site on. Not a number
-    are logs of 0, and all logs where the difference at the site is no more than `rounding` of the stream.
+    `with_first_mean` [text, layer] its mean over factors and over depths from the site on. A log of 0 is not a number,
+    and neither is any log where the change at the site is no larger than `rounding` times the stream.
     """
     names = (("frobenius", "rest"), ("frobenius", "all"), ("relative", "rest"), ("gauge_free", "rest"))
     rest, everything, relative, gauge = (table.at(metric=name, positions=of).value for name, of in names)
     last, site = rest.shape[-1] - 2, torch.tensor([layer_of(scaled) + 1 for scaled in table.axes["layer"]])
     later = torch.arange(1, last + 1) > site[:, None]  # [layer, block]: whether the block comes after the site
+    rest = rest.where((_at(relative, site) > rounding)[..., None], 0.0)
     rises = (rest[..., 1:-1] > rest[..., :-2]) & later[:, None]
     axes = {"layer": table.axes["layer"], "factor": table.axes["factor"]}
-    rest = rest.where((_at(relative, site) > rounding)[..., None], 0.0)
     found = {
         "growth": _log(rest[..., last], _at(rest, site)),
         "rising": rises.sum(-1) / later.sum(1)[:, None],

@@ -183,7 +183,8 @@ class Shown:
             "Bars for every block after the scaled one: the cosine of the change that it carries with what it writes "
             "otherwise, for its attention, its MLP, and both together.",
             "Below 0 a block takes back some of the change that reaches it; above 0 it adds to it; near 0 what it "
-            "writes otherwise is new. A faint bar is no longer than its error by rounding.",
+            "writes otherwise is new. A bar is faint if it is no longer than its error by rounding: "
+            "its sign means nothing.",
             charts.parts_by_block(
                 "alignment", filters, blocks, cosine, chosen, parts, reach_of(self.data["alignment"])
             ),
@@ -270,7 +271,7 @@ class Shown:
     def _later(self, table: Table) -> Iterator[Row]:
         """The rows of the blocks after what was scaled."""
         layers = {entry: layer_of(scaled) for entry, scaled in zip(self.entries, self.shown, strict=True)}
-        rows = self._named(table).rows(error=None)
+        rows = self._named(table).rows()
         return (row for row in rows if row["block"] > layers[row["entry"]])
 
     def _output(self) -> list[dict[str, Any]]:

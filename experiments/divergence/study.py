@@ -34,8 +34,8 @@ from minigpt.parameters import natives, parameter_name
 MOST_CELLS = 4_000_000
 """Layers x factors x places x positions of a sweep that only the report needs: its numbers take about 250 MB."""
 
-ROUNDINGS = 4
-"""A difference of so many roundings of the stream is no change: a pass may round each row otherwise."""
+ROUNDINGS = 1
+"""Where a scale acts within a block, a difference of so many roundings of the stream after it is no change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,8 @@ class Divergence(Experiment[Runs]):
     def measure(self, model: GPT2, raw: Runs) -> Tables:
         """The rows of every layer that ran, and what decides the claims about those that were asked for."""
         tables = measured(raw.whole)
-        asked, rounding = tables["values"].at(layer=scaled_in(raw.result)), ROUNDINGS * torch.finfo(model.dtype).eps
+        asked, acts_on_stream = tables["values"].at(layer=scaled_in(raw.result)), self.settings.site == "output"
+        rounding = 0.0 if acts_on_stream else ROUNDINGS * torch.finfo(model.dtype).eps
         tokens = {} if self.settings.texts else tokens_of(raw.whole)
         return {**tables, **tokens, **claims.evidence(asked, rounding), **claims.alone(raw.alone)}
 

@@ -3,6 +3,7 @@
 A run certifies parity with Hugging Face, measures, and tries the measurement against what must be true of any weights.
 """
 
+import copy
 import platform
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -101,18 +102,22 @@ Rounding = tuple[dict[str, Tensor], str]
 def _rounding(experiment: Experiment[Any], model: GPT2, texts: Ids, tables: Tables) -> Rounding:
     """The errors by rounding of what was measured of some texts: the same experiment again, in float64.
 
-    Of several texts the largest, so without the axis of the texts. Where a page shows more than was asked for, only
-    what was asked for has errors.
+    The weights are those in use. Of several texts the largest error counts, so there is no axis of the texts. Where a
+    page shows more than was asked for, only what was asked for has errors.
     """
+    none, dtype = "No errors by rounding were measured", str(model.dtype).removeprefix("torch.")
     if model.dtype == torch.float64:
-        return {}, "Everything was computed in float64; no errors by rounding were measured."
+        return {}, f"{none}: everything was computed in float64."
+    if model.device.type == "mps":
+        return {}, f"{none}: MPS has no float64."
     needed = 8 * sum(weight.numel() for weight in model.parameters())
-    if model.device.type == "mps" or needed > SHARE_FOR_FLOAT64 * free_bytes(model.device):
-        return {}, f"No errors by rounding were measured: in float64 the model takes {needed / 2**30:.3g} GiB here."
-    exact = parity.as_stored(model, torch.float64).to(model.device)
+    if needed > SHARE_FOR_FLOAT64 * free_bytes(model.device):
+        return {}, f"{none}: in float64 the model takes {needed / 2**30:.3g} GiB, and there is not enough memory."
+    exact = copy.deepcopy(model).to(torch.float64)
     again = experiment.measure(exact, experiment.run(exact, texts, alone=False))
-    errors = {name: table.beside(again[name]).amax(0) for name, table in tables.items()}
-    return errors, f"Errors by rounding: the same numbers in {str(model.dtype).removeprefix('torch.')} and in float64."
+    errors = {name: table.beside(again[name]).amax(0) for name, table in tables.items() if name in again}
+    of = f", the largest of the first {len(texts)} windows" if experiment.settings.texts else ""
+    return errors, f"Errors by rounding{of}: the same numbers in {dtype} and in float64."
 
 
 def _combined(

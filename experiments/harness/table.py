@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, full_like, meshgrid, stack, tensor
+from torch import Tensor, fmax, full, meshgrid, stack, tensor
 
 from minigpt import Comparison, Sensitivity, Sweep
 from minigpt.measures import POSITION_SETS, Measure
@@ -94,19 +94,23 @@ class Table:
         part = self._with(self.axes, function)
         if self.error is None:
             return part
-        return replace(part, error=(function(self.value + self.error) - part.value).abs())
+        ends = [(function(self.value + sign * self.error) - part.value).abs() for sign in (1, -1)]
+        return replace(part, error=fmax(*ends))
 
     def beside(self, exact: "Table") -> Tensor:
         """The errors of these numbers, on their axes: how far each is from one in a more exact table.
 
-        That table may lack some labels, whose errors are not a number. A number that is undefined there is as wrong as
-        it is large.
+        That table may lack some labels, whose errors are not a number. If the exact number is undefined, all of this
+        number counts as error.
         """
         where = [tensor([self._index(axis, label) for label in labels]) for axis, labels in exact.axes.items()]
         at = meshgrid(*where, indexing="ij")
-        error, found = full_like(self.value, math.nan), self.value[at]
-        difference = (found - exact.value).abs()
-        error[at] = difference.where(exact.value.isfinite(), found.abs())
+        error, found, expected = (
+            full(self.value.shape, math.nan).double(),
+            self.value[at].double(),
+            exact.value.double(),
+        )
+        error[at] = (found - expected).abs().where(expected.isfinite(), found.abs())
         return error
 
     def _with(self, axes: Mapping[str, Sequence[Any]], function: Callable[[Tensor], Tensor]) -> "Table":

@@ -145,11 +145,11 @@ def dataset(
     for row in rows:
         named = {name: of for name, of in row.items() if name not in (along, *NUMBERS)}
         into = found.setdefault(tuple(named.values()), {**constants, **named})
-        for name in (name for name in shown if name in row):
+        for name in (name for name in shown if name in row or name == "error"):
             if along:
-                into.setdefault(name, [None] * len(labels))[place[row[along]]] = rounded(row[name])
+                into.setdefault(name, [None] * len(labels))[place[row[along]]] = rounded(row.get(name))
             else:
-                into[name] = rounded(row[name])
+                into[name] = rounded(row.get(name))
     return list(found.values())
 
 
