@@ -22,7 +22,7 @@ tour: $(READY)
 
 # One thread each: the tests share the cores among themselves.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov=minigpt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --cov=minigpt
 
 # The peers bring many packages: they get an environment of their own.
 .venv-bench/.ready: pyproject.toml constraints.txt
