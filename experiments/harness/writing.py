@@ -120,8 +120,9 @@ def show(experiment: Experiment[Raw], study: Study[Raw], columns: int) -> Iterat
 
 
 def _rounding_in_words(study: Study[Any], columns: int) -> Iterator[str]:
-    """The largest error of every measure."""
-    errors = {name: error for table in largest_errors(study).values() for name, error in table.items()}
+    """The largest error of every measure; of an experiment without the table `values`, of every table."""
+    found = largest_errors(study)
+    errors = found.get("values") or {name: error for table in found.values() for name, error in table.items()}
     figures = (
         "; the largest are " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) if errors else ""
     )
