@@ -15,6 +15,7 @@ import ast
 import contextlib
 import gc
 import importlib
+import math
 import os
 import random
 import resource
@@ -25,10 +26,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("numpy", "pytest", "hypothesis", "torch.func", "torch._dynamo", "safetensors.torch", "tokenizers", "typer")
@@ -109,25 +110,30 @@ class Mutant:
     """The line, and what it became, without their indentation."""
 
 
-def mutants_of(file: str) -> tuple[list[Mutant], int]:
-    """cosmic-ray's mutants of a file that differ for Python, and how many do not, or do not compile."""
+def specifications_of(file: str) -> list[Any]:
+    """What cosmic-ray would change in a file, one change each: quick, for nothing is changed yet."""
     from cosmic_ray.commands.init import init
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator
     from cosmic_ray.work_db import WorkDB, use_db
 
-    path = ROOT / file
-    source = path.read_text()
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/session.sqlite", WorkDB.Mode.create) as session:
-        init([path], session, {})
-        specifications = [mutation for item in session.work_items for mutation in item.mutations]
-    found = []
-    for made in specifications:
+        init([ROOT / file], session, {})
+        return [mutation for item in session.work_items for mutation in item.mutations]
+
+
+def mutants_of(file: str, specifications: Sequence[Any], most: int) -> list[Mutant]:
+    """Some of a file's mutants that differ for Python, at random, but the same ones every time: at most so many."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    source, found = (ROOT / file).read_text(), list[Mutant]()
+    for made in random.Random(0).sample(list(specifications), len(specifications)):
+        if len(found) == most:
+            break
         changed = mutate_code(source, get_operator(made.operator_name)(**made.operator_args), made.occurrence)
         if changed is not None and meaning(changed) not in (None, meaning(source)):
             number, before, after = first_difference(source, changed)
             found.append(Mutant(file, number, made.operator_name.split("/")[1], changed, before, after))
-    return found, len(specifications) - len(found)
+    return found
 
 
 def meaning(source: str) -> str | None:
@@ -153,15 +159,6 @@ def first_difference(source: str, changed: str) -> tuple[int, str, str]:
     pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
     number, (before, after) = next((i, pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
     return number, before.strip(), after.strip()
-
-
-def sample(mutants: list[Mutant], limit: int | None) -> list[Mutant]:
-    """At most so many, every file's in proportion: the same ones every time."""
-    if limit is None or limit >= len(mutants):
-        return mutants
-    chosen = random.Random(0)
-    by_file = [[mutant for mutant in mutants if mutant.file == file] for file in QUICK]
-    return [one for group in by_file for one in chosen.sample(group, round(limit * len(group) / len(mutants)))]
 
 
 @contextlib.contextmanager
@@ -322,14 +319,16 @@ EQUIVALENT = (
 def main() -> int:
     """Run the mutants, and print what survives."""
     arguments = options()
-    made = {file: mutants_of(file) for file in arguments.files}
-    mutants = sample([mutant for found, _ in made.values() for mutant in found], arguments.limit)
+    known = {file: specifications_of(file) for file in arguments.files}
+    share = min(1.0, (arguments.limit or math.inf) / sum(map(len, known.values())))
+    made = {file: mutants_of(file, of, math.ceil(share * len(of))) for file, of in known.items()}
+    mutants = [mutant for found in made.values() for mutant in found]
     with copy_of_the_repository() as tree:
         prepare(tree, arguments.files)
         survivors = [mutant for mutant in watched(mutants) if not killed(tree, mutant)]
-    for file, (found, left_out) in made.items():
-        ran, alive = (Counter(mutant.file for mutant in some)[file] for some in (mutants, survivors))
-        print(f"{file}: {ran} of {len(found)} mutants ran, {ran - alive} killed; {left_out} others change nothing")
+    for file, found in made.items():
+        alive = sum(mutant.file == file for mutant in survivors)
+        print(f"{file}: {len(found)} mutants ran, of {len(known[file])} changes; {len(found) - alive} killed")
     unargued = report(survivors)
     share = 1 - len(survivors) / len(mutants)
     print(

@@ -161,7 +161,7 @@ def test_a_stream_that_overflows_later_than_its_site_is_named_by_where_it_does(
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("exponent", range(12, 24))
+@pytest.mark.parametrize("exponent", (12, 15, 16, 17, 18, 19, 20, 23))
 def test_a_factor_gives_what_float64_gives_or_is_refused(
     small: Callable[..., GPT2], ids: Tensor, site: str, exponent: int
 ) -> None:
