@@ -85,12 +85,15 @@ SLOW += (
     "killed",
     "memory",
     "browser",
+    "controls_ask_for",
+    "words_of_a_page",
     "ranks",
 )
 """Parts of the names of tests that run on no mutant: they start processes, take a model of GPT-2 small's size, or ask
 whether other errors are noticed."""
-QUICK_SECONDS, OTHERS_SECONDS = 60, 120
-"""More counts as killed: a test run of a mutant that hangs fails too."""
+MOST_SECONDS, TIMES = 900, 4
+"""The tests may take so long on the code as it is, and so many times as long on a mutant. More counts as killed: a run
+that hangs fails too."""
 MEMORY = 6 * 2**30
 """Bytes of address space that a mutant may take beyond what the imports took."""
 LEAST_KILLED = 0.95
@@ -217,15 +220,13 @@ def tested(tree: Path, tests: Sequence[str]) -> int:
     return int(pytest.main([*options, "-k", f"not ({' or '.join(SLOW)})", *files]))
 
 
-def killed(tree: Path, mutant: Mutant) -> bool:
-    """Whether a test fails on a mutant; the copy is put back afterwards."""
+def killed(tree: Path, mutant: Mutant, seconds: float) -> bool:
+    """Whether a test fails on a mutant, or takes longer than that; the copy is put back afterwards."""
     path = tree / mutant.file
     original = path.read_text()
     try:
         write(path, mutant.source)
-        return not (
-            passes(tree, QUICK[mutant.file], QUICK_SECONDS) and passes(tree, OTHERS[mutant.file], OTHERS_SECONDS)
-        )
+        return not (passes(tree, QUICK[mutant.file], seconds) and passes(tree, OTHERS[mutant.file], seconds))
     finally:
         write(path, original)
 
@@ -324,8 +325,8 @@ def main() -> int:
     made = {file: mutants_of(file, of, math.ceil(share * len(of))) for file, of in known.items()}
     mutants = [mutant for found in made.values() for mutant in found]
     with copy_of_the_repository() as tree:
-        prepare(tree, arguments.files)
-        survivors = [mutant for mutant in watched(mutants) if not killed(tree, mutant)]
+        limits = prepare(tree, arguments.files)
+        survivors = [mutant for mutant in watched(mutants) if not killed(tree, mutant, limits[mutant.file])]
     for file, found in made.items():
         alive = sum(mutant.file == file for mutant in survivors)
         print(f"{file}: {len(found)} mutants ran, of {len(known[file])} changes; {len(found) - alive} killed")
@@ -345,24 +346,31 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(tree: Path, chosen: Sequence[str]) -> None:
-    """Import what every child needs; see that the tests pass on the code as it is, and fail on code that raises."""
+def prepare(tree: Path, chosen: Sequence[str]) -> dict[str, float]:
+    """Import what every child needs; see that the tests pass on the code as it is, and fail on code that raises.
+
+    Returns how many seconds the tests of each file may take.
+    """
+    limits = dict[str, float]()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()  # pytest collects garbage at its end: not ours, in every child
     for file in chosen:
-        if not passes(tree, [*QUICK[file], *OTHERS[file]], QUICK_SECONDS + OTHERS_SECONDS):
+        began = time.monotonic()
+        if not passes(tree, [*QUICK[file], *OTHERS[file]], MOST_SECONDS):
             raise SystemExit(f"The tests of {file} fail on the code as it is; nothing can be learnt from its mutants.")
-        if not killed(tree, Mutant(file, 1, "", "raise RuntimeError", "", "")):
+        limits[file] = TIMES * (time.monotonic() - began)
+        if not killed(tree, Mutant(file, 1, "", "raise RuntimeError", "", ""), limits[file]):
             raise SystemExit(f"The tests of {file} pass on a file that only raises: they do not import the copy.")
+    return limits
 
 
 def watched(mutants: Sequence[Mutant]) -> Iterator[Mutant]:
     """The mutants, one by one, with a line on standard error now and then."""
     began = time.monotonic()
     for count, mutant in enumerate(mutants):
-        if count % 50 == 0:
+        if count % 10 == 0:
             print(f"{count} of {len(mutants)}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         yield mutant
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from minigpt import GPT2, Block, GPT2Config, compare, scaled, sweep
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.parameters import Native
+from minigpt.parameters import Native, natives
+from tests.blocks import BLOCKS, Neurons
 from tests.conftest import SMALL, draw
 
 SAME = {"rtol": 1e-10, "atol": 1e-10}
@@ -80,6 +82,50 @@ def test_runs_that_meet_in_a_block_do_not_change_each_other(
         torch.testing.assert_close(
             found.statistics.difference_sq[row, :-1, 0], (changed - clean).square().sum(-1), **SAME
         )
+
+
+@pytest.mark.parametrize("block", [Block, *BLOCKS, Neurons])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_interventions_are_what_runs_of_their_own_give(
+    block: type[Block], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any parameters, values of any shape, texts of any length, slabs of any size."""
+    drawn, model = Random(seed), draw(GPT2Config(**SMALL), block=block)
+    texts = [[drawn.randrange(97) for _ in range(drawn.randint(2, 8))] for _ in range(drawn.randint(1, 3))]
+    most = max(map(len, texts))
+    monkeypatch.setattr(sys.modules["minigpt.engine"], "CPU_SLAB", drawn.choice([1, 2, 3, 100]) * most * len(texts))
+    declared = natives(model)
+
+    def value(native: Native) -> float | torch.Tensor:
+        if drawn.random() < 0.4:
+            return drawn.choice([0.0, 0.5, 1.0, -1.5])
+        behind = [getattr(model.config, word) if native.index else 1 for word in native.shape[2:]]
+        return torch.randn(drawn.choice([1, len(texts)]), drawn.choice([1, most]), *behind, dtype=torch.float64)
+
+    names = [drawn.sample(list(declared), drawn.randint(1, 4)) for _ in range(drawn.randint(1, 7))]
+    runs = [{name: value(declared[name]) for name in some} for some in names]
+    found = compare(model, texts, runs).statistics
+    for row, run in enumerate(runs):
+        first = 1 + min(int(name.split(".")[1]) for name in run)
+        for text, ids in enumerate(texts):
+            own = {name: of_text(of, text, len(ids)) for name, of in run.items()}
+            with torch.no_grad(), scaled(model, own):
+                changed = model.residuals(torch.tensor([ids]))[:, 0]
+            difference = changed - model.residuals(torch.tensor([ids]))[:, 0].detach()
+            at = (row, slice(None, -1), text, slice(len(ids)))
+            torch.testing.assert_close(found.difference_sq[at], difference.square().sum(-1), **SAME)
+            wrote = (difference[1:] - difference[:-1])[first:]
+            products = wrote.square().sum(-1), (difference[:-1][first:] * wrote).sum(-1)
+            for numbers, expected in zip(found.written[0], products, strict=True):
+                torch.testing.assert_close(numbers[at][1 + first :], expected, rtol=1e-7, atol=1e-9)
+
+
+def of_text(value: float | torch.Tensor, text: int, length: int) -> float | torch.Tensor:
+    """What of a value is meant for one text."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value[text : text + 1] if len(value) > 1 else value
+    return value[:, :length] if value.shape[1] > 1 else value
 
 
 def test_a_skipped_block_changes_nothing_between_its_depths(model: GPT2) -> None:
