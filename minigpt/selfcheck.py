@@ -21,9 +21,9 @@ the difference and its norm, always float64, are rounded as much again, relative
 CELL_ROUNDINGS = 80
 """A cell of the pass may differ from the same cell alone by this many roundings, relative (1e-5 in float32): matrix
 products over another number of rows add up in another order."""
-LEAST_SHARE = 1 / 16
-"""Differences smaller than this share of the stream's norm are compared with that share instead, because they contain
-the stream's own rounding. A silent neuron's difference is only rounding."""
+LEAST_SHARE = 1 / CELL_ROUNDINGS
+"""Differences smaller than this share of the stream's norm are compared with that share instead: one rounding of the
+stream is in each of them. A silent neuron's difference is nothing else."""
 
 
 @dataclass(frozen=True)
