@@ -161,8 +161,14 @@ def check_block(directory: Path, stored: str | None, given: str | None) -> None:
     arrived = f"the block {given} was given" if given else "no block was given"
     raise CheckpointError(
         f"{directory} was saved with the block {stored}, and {arrived}. If you trust that block's code, import it and "
-        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {stored}."
+        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {as_option(stored)}."
     )
+
+
+def as_option(block: str) -> str:
+    """What --block takes for a block of that name; one of a script or a notebook must be moved to a file first."""
+    module, _, name = block.partition(":")
+    return f"my_blocks:{name} after moving its class into a file my_blocks.py" if module == "__main__" else block
 
 
 @cache

@@ -1,5 +1,6 @@
 """A name -> a local directory. huggingface_hub does the download, the cache, the offline mode, the token."""
 
+import difflib
 import errno
 import hashlib
 import json
@@ -198,6 +199,13 @@ def _origin(directory: Path) -> tuple[str | None, str | None]:
         return None, None
 
 
+def _folders_like(name: str) -> list[str]:
+    """The folders beside the one of that name, if it were one, whose names are much like it."""
+    parent = Path(name).parent
+    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    return [str(parent / near) for near in difflib.get_close_matches(Path(name).name, beside)]
+
+
 def _explain(error: Exception, repository: str, revision: str | None, offline: bool) -> str:
     where = f"{repository} (revision {revision})" if revision else repository
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
@@ -215,6 +223,8 @@ def _explain(error: Exception, repository: str, revision: str | None, offline: b
         case EntryNotFoundError():
             reason = "offline mode is on" if offline else "the hub cannot be reached"
             then = "Give a folder, or download it where there is a network and copy it here."
+            if alike := _folders_like(repository):
+                then = f"Did you mean {' or '.join(alike)}? {then}"
             return f"{where} is no folder here and not in the local cache, and {reason}. {then}"
         case _:
             disk = isinstance(error, OSError) and error.errno in DISK_ERRORS

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
@@ -157,6 +158,9 @@ def block_named(name: str) -> type[Block]:
     Raises ValueError when there is none.
     """
     module, _, leaf = name.partition(":")
+    if not (module and leaf) or module.endswith(".py") or "/" in module:
+        example = f"{module.removesuffix('.py').replace('/', '.').strip('.') or 'my_blocks'}:{leaf or 'Name'}"
+        raise ValueError(f"The block {name!r} is not package.module:Name; write it without .py, such as {example}.")
     try:
         found = attrgetter(leaf)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # of any kind: it is the module's own code that runs
@@ -175,6 +179,18 @@ def block_name(block: type[Block]) -> str | None:
 def _kept_beside(module: nn.Module) -> bool:
     """Whether a module keeps tensors that no checkpoint holds, such as tables of angles."""
     return bool(module._non_persistent_buffers_set) or any(isinstance(kept, Tensor) for kept in vars(module).values())
+
+
+class _Undrawn(TorchFunctionMode):
+    """While it is on, modules draw no numbers. Drawing without memory would import PyTorch's compiler, for a second."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, given: Sequence[Any] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        named = named or {}
+        if getattr(function, "__module__", None) == nn.init.__name__ or function in (Tensor.normal_, Tensor.uniform_):
+            return given[0] if given else named["tensor"]
+        return function(*given, **named)
 
 
 class GPT2(nn.Module):
@@ -318,7 +334,7 @@ class GPT2(nn.Module):
     @classmethod
     def _layout(cls, config: GPT2Config, block: type[Block], own: bool) -> checkpoint.Layout:
         """Where a checkpoint keeps the weights that such a model declares: looked up in one block, made of nothing."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             one = cls(replace(config, n_layer=1), block)
         shapes = {name: list(tensor.shape) for name, tensor in weights(one).items()}
         return checkpoint.Layout(config, shapes, block_name(block), own)
@@ -326,7 +342,7 @@ class GPT2(nn.Module):
     @classmethod
     def _empty(cls, config: GPT2Config, block: type[Block], device: torch.device) -> "GPT2":
         """A model to put weights into: nothing is drawn or allocated, unless the block keeps more than its weights."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             model = cls(config, block)
         if not any(_kept_beside(module) for module in model.modules()):
             return model

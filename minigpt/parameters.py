@@ -190,10 +190,16 @@ def fit(model: nn.Module, runs: Sequence[Values]) -> list[dict[str, Tensor]]:
     """
     known, now = natives(model), current(model)
     for name in (name for values in runs for name in values if name not in known):
-        nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.0)
+        nearest = sorted(known, key=lambda other: -_likeness(name, other))[:4]
         raise ValueError(f"There is no parameter {name!r}; the nearest names are {', '.join(nearest)}.")
     config = cast("GPT2Config", model.config)
     return [{name: _fitting(name, value, known[name], now[name], config) for name, value in of.items()} for of in runs]
+
+
+def _likeness(name: str, other: str) -> float:
+    """How alike two full names are; the last part counts once more, for a path is easily left out."""
+    pairs = ((name, other), (name.rpartition(".")[2], other.rpartition(".")[2]))
+    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
 def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, config: GPT2Config) -> Tensor:

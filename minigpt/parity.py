@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt import hub
-from minigpt.checkpoint import CONFIG, INDEX, same_block, weight_files
+from minigpt.checkpoint import CONFIG, INDEX, as_option, same_block, weight_files
 from minigpt.config import ACTIVATIONS, OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
@@ -204,8 +204,8 @@ def _not_comparable(model: GPT2) -> Certificate:
     name = block_name(model.block)
     problem = (
         f"A modified architecture has no counterpart in transformers, and there is no reference of the block {name}. "
-        f"`minigpt reference DIRECTORY --block {name}` stores what it computes today, so that later runs can be held "
-        "against it."
+        f"`minigpt reference DIRECTORY --block NAME` stores what it computes today, so that later runs can be held "
+        f"against it; NAME is {as_option(str(name))}."
     )
     return Certificate("not comparable", "", problems=(problem,), versions=installed("minigpt", "torch"))
 

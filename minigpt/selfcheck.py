@@ -5,6 +5,7 @@ there by construction. Here a cell of every entry is computed again in a run of 
 `residuals`, which share nothing with the pass.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from minigpt.measures import squared_norms
 from minigpt.model import GPT2
-from minigpt.parameters import scaled
+from minigpt.parameters import parameter_name, scaled
 from minigpt.sweep import Sweep
 
 JUMP_ROUNDINGS = 4
@@ -58,9 +59,11 @@ def self_check(model: GPT2, result: Sweep) -> SelfCheck:
     """
     ids, rounding = result.ids.to(model.device), torch.finfo(model.dtype).eps
     clean = list(model.depths(ids))
-    upstream, error = zip(*(_cell_alone(model, result, entry, ids, clean) for entry in range(len(result.layers))))  # noqa: B905
+    alone = [_cell_alone(model, result, entry, ids, clean) for entry in range(len(result.layers))]
+    upstream, error = tuple(cell.upstream for cell in alone), [cell.error for cell in alone]
     checks = [
-        _rows_scaled(result),
+        _used(model, result, ids),
+        _rows_scaled(result, torch.stack([cell.moved for cell in alone]), rounding),
         *([_jump(result, model.dtype, rounding)] if result.site == "output" else []),
         _factor_1(model, result, ids, clean),
         Check("a run of its own changes nothing upstream of its site, bit for bit", max(upstream) == 0, max(upstream)),
@@ -92,21 +95,33 @@ def _real(result: Sweep) -> Tensor:
     return torch.arange(result.ids.shape[1]) < result.lengths[:, None]
 
 
-def _rows_scaled(result: Sweep) -> Check:
-    """Every scaled position of every row of every cell must differ at the site, and nothing of factor 1.
+def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
+    """The scale must take part in what the model computes: a block may declare one that its `forward` forgets."""
+    name = parameter_name(model, result.layers[0], result.site)
+    value = torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True)
+    with torch.enable_grad(), scaled(model, {name: value}):
+        last = deque(model.depths(ids[:1, :1]), maxlen=1).pop()
+        (gradient,) = torch.autograd.grad(last.sum(), value, allow_unused=True)
+    used = isinstance(gradient, Tensor)
+    return Check(f"the model's forward uses {name}", used, int(used))
 
-    One entry of many, such as a neuron, can be silent: its rows may differ.
+
+def _rows_scaled(result: Sweep, moved: Tensor, rounding: float) -> Check:
+    """Every scaled position must differ at the site by more than rounding where its run alone does, and nothing of
+    factor 1 may.
+
+    `moved` is how far the farthest factor alone moves each position, over the stream's norm: [layer, batch, position].
+    Nearer factors move it less; a silent neuron moves nothing.
     """
     differs = _at_site(result, result.statistics.difference_sq) > 0
-    applied = torch.stack([_applied(result, factor) for factor in result.factors]) != 1
-    may = (applied[:, None] & _real(result)).expand_as(differs)
-    expected = may if result.index in (None, "head") else torch.zeros_like(may)
+    distance = torch.stack([_applied(result, factor) for factor in result.factors]).sub(1).abs()[:, None]
+    share = distance / distance.max().clamp_min(torch.finfo(torch.float64).tiny)
+    expected = (share * moved[:, None] > CELL_ROUNDINGS * rounding) & _real(result)
     unchanged = torch.tensor([factor == 1 for factor in result.factors])[:, None, None]
     wrong = int(((expected & ~differs) | (unchanged & differs)).flatten(2).any(-1).sum())
     where = "every position" if result.positions is None else "every scaled position"
-    must = "differ" if expected is may else "may differ"
-    claim = f"all {int(may.flatten(2).any(-1).sum())} scaled rows {must} at {where}, and no other row"
-    return Check(claim, wrong == 0, wrong)
+    count = int(expected.flatten(2).any(-1).sum())
+    return Check(f"all {count} rows that are moved alone differ at {where}, and no row of factor 1", wrong == 0, wrong)
 
 
 def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:
@@ -127,17 +142,32 @@ def _factor_1(model: GPT2, result: Sweep, ids: Tensor, clean: list[Tensor]) -> C
     return Check("factor 1, run by itself, is bit-identical to the clean run", departure == 0, departure)
 
 
-def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list[Tensor]) -> tuple[float, float]:
-    """Largest difference upstream, and largest relative departure from the sweep's norms, of a run of its own."""
+@dataclass(frozen=True)
+class _Alone:
+    """What a cell of a sweep is in a run of its own."""
+
+    upstream: float
+    """The largest difference before the site."""
+    error: float
+    """The largest departure of the sweep's norms from it, relative."""
+    moved: Tensor
+    """The norm of the difference right after the studied block, over the stream's: [batch, position]."""
+
+
+def _cell_alone(model: GPT2, result: Sweep, entry: int, ids: Tensor, clean: list[Tensor]) -> _Alone:
+    """The cell farthest from factor 1 in a run of its own."""
     layer, farthest = result.layers[entry], max(range(len(result.factors)), key=lambda j: abs(result.factors[j] - 1))
     real, in_pass = _real(result), result.statistics.difference_sq[entry, farthest]
-    upstream, error = 0.0, 0.0
+    upstream, error, moved, tiny = 0.0, 0.0, torch.zeros(()), torch.finfo(torch.float64).tiny
     with scaled(model, result.intervention(model, entry, result.factors[farthest])):
         for depth, (x, before) in enumerate(zip(model.depths(ids), clean, strict=True)):
-            alone = squared_norms(x.double() - before).cpu().where(real, 0.0).sum(-1).sqrt()
-            stream = squared_norms(before).cpu().where(real, 0.0).sum(-1).sqrt()
-            least = (LEAST_SHARE * stream).clamp_min(torch.finfo(torch.float64).tiny)
-            apart = (alone - in_pass[depth].sum(-1).sqrt()).abs() / torch.maximum(alone, least)
-            upstream = max(upstream, float((x - before).abs().max())) if depth <= layer else upstream
+            alone_sq, stream_sq = (squared_norms(of).cpu().where(real, 0.0) for of in (x.double() - before, before))
+            alone, stream = alone_sq.sum(-1).sqrt(), stream_sq.sum(-1).sqrt()
+            apart = (alone - in_pass[depth].sum(-1).sqrt()).abs()
+            apart /= torch.maximum(alone, LEAST_SHARE * stream).clamp_min(tiny)
             error = max(error, float(apart.max()))
-    return upstream, error
+            if depth <= layer:
+                upstream = max(upstream, float((x - before).abs().max()))
+            if depth == layer + 1:
+                moved = (alone_sq / stream_sq.clamp_min(tiny)).sqrt()
+    return _Alone(upstream, error, moved)

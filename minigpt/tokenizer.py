@@ -53,7 +53,10 @@ class Tokenizer:
                 check_regular(merges, MOST_BYTES)
                 lines = merges.read_text(encoding="utf-8").split("\n")
                 return cls(_from_vocabulary(read_json(vocab, MOST_BYTES), lines))
-        raise CheckpointError(f"{directory} has no tokenizer.json and no vocab.json with merges.txt.")
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json and no vocab.json with merges.txt; if its model was made of another "
+            "one, copy that one's there."
+        )
 
     @property
     def vocab_size(self) -> int:

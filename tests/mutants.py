@@ -71,7 +71,7 @@ OTHERS = {
     "experiments/harness/verdicts.py": ("test_experiments",),
     "experiments/harness/corpus.py": ("test_experiments",),
     "experiments/divergence/claims.py": ("test_report",),
-    "experiments/divergence/rows.py": ("test_report",),
+    "experiments/divergence/rows.py": ("test_charts", "test_report"),
 }
 """The tests that run on a mutant when those pass."""
 SLOW = ("measured_peak", "runs_out_of_memory_is_halved_and_says_so", "full_shape", "published_figures")

@@ -19,6 +19,7 @@ from minigpt.files import write_atomically
 from minigpt.linear import Linear
 from minigpt.model import MLP
 from minigpt.parameters import Native
+from minigpt.parity import certify
 from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
 from tests.conftest import SMALL, TINY
 
@@ -400,6 +401,18 @@ def test_a_checkpoint_that_names_its_block_is_refused_without_it(
         GPT2.from_pretrained(tmp_path, block=given)
     assert "GPT2.from_pretrained(..., block=Parallel), or --block tests.blocks:Parallel." in str(error.value)
     assert ("tests.blocks:RMSNorm was given" in str(error.value)) == (given is RMSNorm)
+
+
+def test_a_block_of_a_script_is_to_be_moved_into_a_file(
+    small: Callable[..., GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option can name a class of `__main__`."""
+    monkeypatch.setattr(Parallel, "__module__", "__main__")
+    small(block=Parallel).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        GPT2.from_pretrained(tmp_path)
+    assert str(error.value).endswith("or --block my_blocks:Parallel after moving its class into a file my_blocks.py.")
+    assert "NAME is my_blocks:Parallel after" in certify(small(block=Parallel)).problems[0]
 
 
 def test_a_block_of_the_same_name_in_another_module_is_taken_and_said_once(

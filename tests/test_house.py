@@ -123,6 +123,13 @@ def test_importing_the_library_imports_neither_transformers_nor_altair() -> None
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_loading_and_sweeping_do_not_import_the_compiler() -> None:
+    """It takes a second, which nobody should wait for."""
+    code = f"import sys, minigpt; model = minigpt.GPT2.from_pretrained({str(TINY)!r}); minigpt.sweep(model, [[1, 2]]); "
+    code += "print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_checkpoint_names_appear_in_checkpoint_alone() -> None:
     for path in (ROOT / "minigpt").glob("*.py"):
         text = path.read_text()

@@ -107,7 +107,16 @@ def test_an_uncached_model_is_refused_offline_without_a_request(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
     message = refusal(lambda: GPT2.from_pretrained(NAME, local_files_only=switch == "local_files_only"))
     assert f"{NAME} is no folder here and not in the local cache" in message
+    assert "Did you mean" not in message
     assert server.requests == []
+
+
+def test_a_folder_with_a_slip_in_its_name_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tiny", "huge"):
+        (tmp_path / "weights" / name).mkdir(parents=True)
+    (tmp_path / "weights" / "tinny").touch()  # a file
+    monkeypatch.chdir(tmp_path)
+    assert "Did you mean weights/tiny? " in refusal(lambda: GPT2.from_pretrained("weights/tiy", local_files_only=True))
 
 
 def test_a_cached_model_loads_when_the_hub_is_gone(server: Server, published: GPT2) -> None:

@@ -115,8 +115,7 @@ def test_a_stream_of_zeros_has_no_relative_change_and_no_warning(small: Callable
     result = sweep(model, ids, (1,), (0.5,))
     assert (result.statistics.difference_sq == 0).all()
     assert (result.statistics.measure("frobenius", "all") == 0).all()
-    broken = self_check(model, result).broken
-    assert [check.claim.partition(" rows")[0] for check in broken] == ["all 1 scaled"]  # scaling zeros changes none
+    assert self_check(model, result).broken == [], "scaling zeros changes none"
 
 
 def test_a_text_as_long_as_gpt2_reads_gives_finite_numbers(small: Callable[..., GPT2]) -> None:
@@ -228,7 +227,7 @@ def study(folder: Path, factors: str) -> tuple[int, str, str]:
 
 
 def test_the_study_says_nothing_on_stderr_under_extreme_factors(tmp_path: Path) -> None:
-    assert study(tmp_path / "out", "0,1e-6,0.001,1000,1e6,-1e-6,-1,-1e6") == (0, "", "")
+    assert study(tmp_path / "out", "0,1e-6,1e6,-1e6") == (0, "", "")
 
 
 def test_a_study_that_overflows_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_prompt_of_control_characters_still_draws(tmp_path: Path) -> None:
 
 def test_large_grids_leave_factors_out_and_keep_the_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     divergence_figures = importlib.import_module("experiments.divergence.figures")
-    monkeypatch.setattr(divergence_figures, "MOST_NUMBERS", 12 * 14 * (3 * 12 + 20) * 5)
+    monkeypatch.setattr(divergence_figures, "MOST_NUMBERS", 12 * 14 * (3 * 15 + 20) * 5)
     page = study_in(tmp_path)
     factors = [value for value, _ in data_of(page)["controls"][1]["options"]]
     assert len(factors) == 5

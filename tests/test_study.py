@@ -288,13 +288,15 @@ def test_a_sweep_that_contradicts_the_oracles_ends_with_exit_code_1(
 
 def test_every_half_type_runs(run: Run, tmp_path: Path) -> None:
     for dtype in ("bfloat16", "float16"):
-        code, out, err = run("--dtype", dtype, "--output", tmp_path / dtype)
+        code, out, err = run("--dtype", dtype, "--factors", "0.5,1.5", "--output", tmp_path / dtype)
         assert (code, err) == (0, "")
         assert "in float32" in out
         rounding = json.loads((tmp_path / dtype / "summary.json").read_text())["rounding"]
         half = GPT2.from_pretrained(TINY, dtype=getattr(torch, dtype))
         ids = [Tokenizer.from_pretrained(TINY).encode(PROMPT)]
-        found, exact = (sweep(model, ids, [2]).frobenius() for model in (half, copy.deepcopy(half).double()))
+        found, exact = (
+            sweep(model, ids, [2], (0.5, 1.5)).frobenius() for model in (half, copy.deepcopy(half).double())
+        )
         of_rest = rounding["largest_error"]["values"]["frobenius"]
         assert of_rest >= float((found - exact).abs().max()) > 0.01
         assert f"the same numbers in {dtype} and in float64; the largest are frobenius" in " ".join(out.split())

@@ -81,8 +81,7 @@ class Shown:
         table = study.tables["values"]
         self.places = place_names(study.n_layer)
         self.blocks = self.places[1:-1]
-        of_cell = len(self.places) * (len(POSITION_SETS) * (len(SHOWN) + 8) + (len(study.tokens) if self.whole else 0))
-        most = max(1, MOST_NUMBERS // of_cell)
+        most = max(1, MOST_NUMBERS // self._numbers_of_a_cell)
         known, factors = list(table.axes["layer"]), list(table.axes["factor"])
         studied = scaled_in(study.raw.result)[0]
         chosen = {*_thinned(range(len(known)), most), known.index(studied)}
@@ -91,6 +90,13 @@ class Shown:
         self.studied = in_words(studied, site, positions)
         self.factors: list[float] = [factors[j] for j in _thinned(range(len(factors)), most // len(self.shown))]
         self.columns = [label_of(factor) for factor in self.factors]
+
+    @property
+    def _numbers_of_a_cell(self) -> int:
+        """About how many numbers a page shows of one layer at one factor; alignments come with their error."""
+        of_set = len(SHOWN) + len(["passive"]) + 2 * len(ALIGNMENTS) + len([CARRIED, *WRITTEN])
+        kept = len(NUMBERS_SHOWN) if self.study.counts else 1
+        return len(self.places) * (kept * len(POSITION_SETS) * of_set + (len(self.study.tokens) if self.whole else 0))
 
     @cached_property
     def table(self) -> Table:

@@ -6,9 +6,9 @@ A run certifies parity with Hugging Face, measures, and tries the measurement ag
 import copy
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -38,14 +38,11 @@ def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -
     settings, code = experiment.settings, code_digest(experiment, model)
     ids = experiment.encode(tokenizer, model.config.n_positions)
     certificate = certify(settings, model)
-    raw = experiment.run(model, [ids], alone=True)
-    checked = _checked(experiment, model, raw, certificate)
-    measured = experiment.measure(model, raw)
-    errors, said = _rounding(experiment, model, [ids], measured)
-    tables = {name: replace(table, error=errors.get(name)) for name, table in of_text(measured).items()}
+    tried = _tried(experiment, model, [ids], certificate, alone=True)
+    tables = _with_errors(of_text(tried.tables), tried.errors)
     _still_certified(certificate, model)
-    tokens, about = tokenizer.tokens(ids), describe(model)
-    return Study(settings, about, tokens, {}, checked, tables, raw, tokenizer, code, said)
+    about, tokens = describe(model), tokenizer.tokens(ids)
+    return Study(settings, about, tokens, {}, tried.checked, tables, tried.raw, tokenizer, code, tried.said)
 
 
 def run_over_corpus(
@@ -66,19 +63,15 @@ def run_over_corpus(
     settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
     if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
-    tried, code = list[tuple[Raw, Checked, Tables, Rounding]](), code_digest(experiment, model)
+    code, first = code_digest(experiment, model), list[_Tried[Raw]]()
+    shards = Shards(output / WINDOWS, _identity(experiment, model, code))
 
     def prepare() -> dict[str, Any]:
         held.enter_context(claimed(output, settings.to_json(), code, overwrite, experiment.files))
         certificate = certify(settings, model)
-        first = texts.first_windows(tokenizer, CHECKED_WINDOWS)
-        raw = experiment.run(model, first, alone=False)
-        tables = experiment.measure(model, raw)
-        rounding = _rounding(experiment, model, first, tables)
-        tried.append((raw, _checked(experiment, model, raw, certificate), tables, rounding))
-        return {"first_numbers": digest_of_numbers({}, {name: table.value for name, table in tables.items()})}
-
-    shards = Shards(output / WINDOWS, _identity(experiment, model, code))
+        windows = texts.first_windows(tokenizer, CHECKED_WINDOWS)
+        first.append(_tried(experiment, model, windows, certificate, alone=False))
+        return {"first_numbers": digest_of_numbers({}, {name: of.value for name, of in first[0].tables.items()})}
 
     def measure(windows: Ids) -> dict[str, Tensor]:
         tables = experiment.measure(model, experiment.run(model, windows, alone=False))
@@ -89,18 +82,41 @@ def run_over_corpus(
     )
     if measured is None:
         return None
-    (raw, checked, axes, (errors, said)), counts = tried[0], measured[1].counts
-    combined = _combined(model, *measured, axes, checked.certificate)
-    tables = {name: replace(table, error=errors.get(name)) for name, table in combined.items()}
-    return Study(settings, describe(model), [], counts, checked, tables, raw, tokenizer, code, said)
+    (tried,), counts = first, measured[1].counts
+    tables = _with_errors(_combined(model, *measured, tried.tables, tried.checked.certificate), tried.errors)
+    return Study(settings, describe(model), [], counts, tried.checked, tables, tried.raw, tokenizer, code, tried.said)
 
 
-Rounding = tuple[dict[str, Tensor], str]
-"""The errors of every table, and in words what they are."""
+@dataclass(frozen=True)
+class _Tried(Generic[Raw]):
+    """A prompt, or the first windows of a corpus: run, checked and measured."""
+
+    raw: Raw
+    checked: Checked
+    tables: Tables
+    """By text."""
+    errors: dict[str, Tensor]
+    """By rounding, of the tables."""
+    said: str
+    """What those errors are."""
 
 
-def _rounding(experiment: Experiment[Any], model: GPT2, texts: Ids, tables: Tables) -> Rounding:
-    """The errors by rounding of what was measured of some texts: the same experiment again, in float64.
+def _tried(
+    experiment: Experiment[Raw], model: GPT2, texts: Ids, certificate: parity.Certificate | None, alone: bool
+) -> _Tried[Raw]:
+    raw = experiment.run(model, texts, alone=alone)
+    checked = replace(experiment.check(model, raw), certificate=certificate)
+    tables = experiment.measure(model, raw)
+    return _Tried(raw, checked, tables, *_rounding(experiment, model, texts, tables))
+
+
+def _with_errors(tables: Tables, errors: dict[str, Tensor]) -> Tables:
+    return {name: replace(table, error=errors.get(name)) for name, table in tables.items()}
+
+
+def _rounding(experiment: Experiment[Any], model: GPT2, texts: Ids, tables: Tables) -> tuple[dict[str, Tensor], str]:
+    """The errors by rounding of what was measured of some texts, and in words what they are: the same experiment again,
+    in float64.
 
     The weights are those in use. Of several texts the largest error counts, so there is no axis of the texts. Where a
     page shows more than was asked for, only what was asked for has errors.
@@ -174,11 +190,6 @@ def _still_certified(certificate: parity.Certificate | None, model: GPT2) -> Non
             "the weights were edited after the model was certified, so the certificate says nothing about these "
             "numbers. Edit first and certify then; --no-parity runs without."
         )
-
-
-def _checked(experiment: Experiment[Raw], model: GPT2, raw: Raw, certificate: parity.Certificate | None) -> Checked:
-    found = experiment.check(model, raw)
-    return Checked(certificate, found.checks, found.details)
 
 
 def self_checked(model: GPT2, result: Sweep) -> Checked:
