@@ -233,7 +233,7 @@ def test_self_check_passes(small: Callable[..., GPT2], ids: Tensor, site: str, d
     result = sweep(model, ids, (1, 3), FACTORS, site)
     tried = self_check(model, result)
     assert not tried.broken, tried
-    assert len(tried.checks) == (5 if site == "output" else 4)
+    assert len(tried.checks) == (6 if site == "output" else 5)
     assert tried.upstream == (0.0,) * len(result.layers)
 
 
