@@ -159,16 +159,19 @@ def check_block(directory: Path, stored: str | None, given: str | None) -> None:
             _say_that_it_moved(directory, stored, given)
         return
     arrived = f"the block {given} was given" if given else "no block was given"
+    option, before = as_option(stored)
     raise CheckpointError(
         f"{directory} was saved with the block {stored}, and {arrived}. If you trust that block's code, import it and "
-        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {as_option(stored)}."
+        f"give it: GPT2.from_pretrained(..., block={re.split('[:.]', stored)[-1]}), or --block {option}.{before}"
     )
 
 
-def as_option(block: str) -> str:
-    """What --block takes for a block of that name; one of a script or a notebook must be moved to a file first."""
+def as_option(block: str) -> tuple[str, str]:
+    """What --block takes for a block of that name, and what must be done before: a script's class has no module."""
     module, _, name = block.partition(":")
-    return f"my_blocks:{name} after moving its class into a file my_blocks.py" if module == "__main__" else block
+    if module != "__main__":
+        return block, ""
+    return f"my_blocks:{name}", " First move its class from the script or notebook into a file my_blocks.py."
 
 
 @cache

@@ -250,6 +250,10 @@ class GPT2(nn.Module):
 
     def attention_patterns(self, ids: Tensor) -> Tensor:
         """What every head attends to: [n_layer, batch, n_head, query, key], rows summing to 1."""
+        return torch.stack(torch.broadcast_tensors(*self.patterns(ids)))
+
+    def patterns(self, ids: Tensor) -> Iterator[Tensor]:
+        """The same, one block at a time: [batch, n_head, query, key] each."""
         read = list[Tensor]()
 
         def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -261,8 +265,7 @@ class GPT2(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        patterns = [block.attention.pattern(x) for block, x in zip(self.blocks, read, strict=True)]
-        return torch.stack(torch.broadcast_tensors(*patterns))
+        yield from (block.attention.pattern(x) for block, x in zip(self.blocks, read, strict=True))
 
     def last_depth(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The raw output of the last block: [batch, position, n_embd]."""

@@ -201,11 +201,12 @@ def _about(path: Path) -> dict[str, str]:
 
 
 def _not_comparable(model: GPT2) -> Certificate:
-    name = block_name(model.block)
+    name = str(block_name(model.block))
+    option, before = as_option(name)
     problem = (
         f"A modified architecture has no counterpart in transformers, and there is no reference of the block {name}. "
-        f"`minigpt reference DIRECTORY --block NAME` stores what it computes today, so that later runs can be held "
-        f"against it; NAME is {as_option(str(name))}."
+        f"`minigpt reference DIRECTORY --block {option}` stores what it computes today, so that later runs can be held "
+        f"against it.{before}"
     )
     return Certificate("not comparable", "", problems=(problem,), versions=installed("minigpt", "torch"))
 

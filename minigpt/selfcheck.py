@@ -100,7 +100,7 @@ def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
     name = parameter_name(model, result.layers[0], result.site)
     value = torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True)
     with torch.enable_grad(), scaled(model, {name: value}):
-        last = deque(model.depths(ids[:1, :1]), maxlen=1).pop()
+        last = deque(model.depths(ids[:1]), maxlen=1).pop()
         (gradient,) = torch.autograd.grad(last.sum(), value, allow_unused=True)
     used = isinstance(gradient, Tensor)
     return Check(f"the model's forward uses {name}", used, int(used))

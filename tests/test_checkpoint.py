@@ -411,8 +411,11 @@ def test_a_block_of_a_script_is_to_be_moved_into_a_file(
     small(block=Parallel).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as error:
         GPT2.from_pretrained(tmp_path)
-    assert str(error.value).endswith("or --block my_blocks:Parallel after moving its class into a file my_blocks.py.")
-    assert "NAME is my_blocks:Parallel after" in certify(small(block=Parallel)).problems[0]
+    first = "First move its class from the script or notebook into a file my_blocks.py."
+    assert str(error.value).endswith(f"or --block my_blocks:Parallel. {first}")
+    problem = certify(small(block=Parallel)).problems[0]
+    assert "`minigpt reference DIRECTORY --block my_blocks:Parallel`" in problem
+    assert problem.endswith(first)
 
 
 def test_a_block_of_the_same_name_in_another_module_is_taken_and_said_once(

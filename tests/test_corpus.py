@@ -720,7 +720,9 @@ def test_a_folder_of_shards_that_no_run_has_described_is_left_alone(tmp_path: Pa
 
 PEAK = """
 from experiments.divergence.study import main
+from experiments.harness import writing
 from minigpt import cli
+writing._draw = lambda *_: None
 try:
     cli.run(main)
 except SystemExit as stopped:

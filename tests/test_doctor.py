@@ -41,8 +41,8 @@ def test_a_sound_machine_passes_every_check(minigpt: Run) -> None:
         assert name in out
     assert "parity in float32: certified" in out
     assert "parity in float64: certified" in out
-    assert out.count("ok  sweep: ") == 5
-    assert "all 10 checks hold here." in out
+    assert out.count("ok  sweep: ") == 6
+    assert "all 11 checks hold here." in out
 
 
 def test_the_findings_come_as_json_too(minigpt: Run) -> None:
@@ -50,7 +50,7 @@ def test_the_findings_come_as_json_too(minigpt: Run) -> None:
     said = json.loads(out)
     assert code == 0
     assert {"name": "dtype", "said": "float64", "passed": None} in said["findings"]
-    assert said["verdict"] == "all 10 checks hold here."
+    assert said["verdict"] == "all 11 checks hold here."
 
 
 def less_precise(_: pytest.MonkeyPatch) -> None:

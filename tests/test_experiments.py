@@ -318,7 +318,7 @@ def test_sensitivity_refuses_in_a_sentence(run: Run, tmp_path: Path, arguments: 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_over_a_corpus_numbers_are_means_with_intervals(run: Run, texts: Path, tmp_path: Path, name: str) -> None:
-    more = [] if name == "sensitivity" else ["--layers", "2,3"]
+    more = ["--sites", "output"] if name == "sensitivity" else ["--layers", "2,3"]
     arguments = ["--texts", texts, "--window", "16", *more, "--output", tmp_path / "out"]
     code, out, err = run(name, *arguments)
     assert (code, err) == (0, "")

@@ -29,7 +29,7 @@ import torch
 import typer
 
 from experiments.divergence import study as divergence
-from experiments.harness import corpus, writing
+from experiments.harness import corpus, digest, writing
 from experiments.tools import train
 from minigpt import GPT2, CheckpointError, GPT2Config, checkpoint, cli, files, hub
 from minigpt.checkpoint import CONFIG, ORIGIN, WEIGHTS
@@ -99,6 +99,7 @@ def nurse() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     torch.set_num_threads(1)
     import_late_modules()
+    digest._of_packages()  # which every child would take half a second for
     gc.freeze()  # or every child copies what its first collection looks at
     threads = Path("/proc/self/task")
     print(len(list(threads.iterdir())) if threads.exists() else 1, file=answers, flush=True)
