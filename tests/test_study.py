@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from safetensors.torch import save_file
 
 from experiments.divergence import claims
 from experiments.divergence import study as divergence
@@ -26,11 +24,8 @@ from experiments.harness.output import results_in
 from experiments.harness.running import run_prompt
 from experiments.harness.table import Table, Tables, of_text
 from experiments.harness.verdicts import Decision, Verdict
-from experiments.tools import train
 from minigpt import GPT2, Sweep, Tokenizer, cli, parity, sweep
-from minigpt.files import open_tensors
 from minigpt.measures import Statistics, inner_products, squared_norms
-from tests.blocks import Parallel
 from tests.conftest import TINY
 
 Run = Callable[..., tuple[int, str, str]]
@@ -564,131 +559,3 @@ def test_scaling_position_0_alone_is_told_from_scaling_the_others(finished: Path
             alone.measure("frobenius", "all")[0, :, 12, 0].tolist()
         )
         assert figures[f"{who}_alone_kl"] == pytest.approx(alone.measure("kl", "all")[0, :, -1, 0].tolist())
-
-
-# Training.
-
-TRAINING = (
-    "--n-layer",
-    2,
-    "--n-embd",
-    24,
-    "--n-head",
-    2,
-    "--n-positions",
-    16,
-    "--vocab-size",
-    300,
-    "--batch",
-    4,
-    "--warmup-steps",
-    10,
-)
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Two short books."""
-    (tmp_path / "corpus").mkdir()
-    for name in ("one", "two"):
-        text = "".join(f"{name} sheep and {count} dogs went over the hill.\n" for count in range(300))
-        (tmp_path / "corpus" / f"{name}.txt").write_text(text)
-    return tmp_path / "corpus"
-
-
-def train_in(run_train: Run, corpus: Path, output: Path, steps: int) -> str:
-    code, out, err = run_train("--corpus", corpus, "--output", output, "--tokens", steps * 64, *TRAINING)
-    assert code == 0, err
-    return out
-
-
-@pytest.fixture
-def run_train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the training's command line."""
-    return lambda *arguments: run_main(lambda: typer.run(train.main), monkeypatch, capfd, *arguments)
-
-
-def test_training_learns_and_leaves_a_certified_checkpoint(run_train: Run, corpus: Path, tmp_path: Path) -> None:
-    out = train_in(run_train, corpus, tmp_path / "out", 60)
-    losses = [float(line.split(",")[1]) for line in (tmp_path / "out" / "losses.csv").read_text().split()[1:]]
-    assert len(losses) == 60
-    assert losses[-1] < losses[0] - 1
-    assert "held-out loss of the stored checkpoint" in out
-    model = GPT2.from_pretrained(tmp_path / "out")
-    assert parity.certify(model).passed
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.vocab_size == model.config.vocab_size == 300
-
-
-def test_a_training_of_another_block_leaves_a_checkpoint_of_that_block(
-    run_train: Run, corpus: Path, tmp_path: Path
-) -> None:
-    arguments = ("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
-    code, _, err = run_train(*arguments, "--block", "tests.blocks:Parallel")
-    assert code == 0, err
-    with pytest.raises(ValueError, match=r"tests\.blocks:Parallel"):
-        GPT2.from_pretrained(tmp_path / "out")
-    model = GPT2.from_pretrained(tmp_path / "out", block=Parallel)
-    assert parity.certify(model).passed
-    assert "other settings" in run_train(*arguments)[2]
-
-
-def test_a_stopped_training_goes_on_to_the_identical_losses(
-    run_train: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "SAVE_EVERY", 5)
-    train_in(run_train, corpus, tmp_path / "whole", 20)
-    step = train.take_step
-
-    def stop_at_13(*arguments: Any) -> float:
-        if arguments[-1] == 13:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(train, "take_step", stop_at_13)
-    assert run_train("--corpus", corpus, "--output", tmp_path / "cut", "--tokens", 20 * 64, *TRAINING)[0] == 130
-    monkeypatch.setattr(train, "take_step", step)
-    train_in(run_train, corpus, tmp_path / "cut", 20)
-    for name in ("losses.csv", "model.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_a_training_with_other_settings_is_refused(run_train: Run, corpus: Path, tmp_path: Path) -> None:
-    train_in(run_train, corpus, tmp_path / "out", 3)
-    code, _, err = run_train("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 4 * 64, *TRAINING)
-    assert (code, "other settings" in err) == (2, True)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0{}", None])
-def test_a_broken_state_is_a_sentence(run_train: Run, corpus: Path, tmp_path: Path, content: bytes | None) -> None:
-    """Empty, without anything in it, and with everything but of another shape."""
-    arguments = ("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 3 * 64, *TRAINING)
-    assert run_train(*arguments)[0] == 0
-    state = tmp_path / "out" / train.STATE_FILE
-    if content is None:
-        with open_tensors(state) as file:
-            about, tensors = file.metadata(), {name: file.get_tensor(name)[:1] for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, state, about)
-    else:
-        state.write_bytes(content)
-    code, _, err = run_train(*arguments)
-    assert (code, err.count("\n"), str(state) in err) == (2, 1, True)
-
-
-def test_a_corpus_without_text_is_refused(run_train: Run, tmp_path: Path) -> None:
-    code, _, err = run_train("--corpus", tmp_path, "--output", tmp_path / "out")
-    assert (code, "no *.txt" in err) == (2, True)
-    (tmp_path / "short.txt").write_text("a few words")
-    code, _, err = run_train("--corpus", tmp_path, "--output", tmp_path / "out", *TRAINING)
-    assert (code, "bring more text" in err) == (2, True)
-
-
-def test_the_last_twentieth_of_every_text_is_held_out_and_nothing_is_lost(corpus: Path) -> None:
-    texts = train.read_corpus(corpus)
-    tokenizer = train.train_tokenizer(texts, 300)
-    learned, held_out = train.split(texts, tokenizer, 16)
-    first = tokenizer.encode(texts[0]).ids
-    cut = round(0.95 * len(first))
-    assert learned[: cut + 1].tolist() == [299, *first[:cut]]
-    assert held_out[: len(first) - cut + 1].tolist() == [299, *first[cut:]]
-    assert len(learned) + len(held_out) == sum(len(tokenizer.encode(text).ids) + 2 for text in texts)

@@ -2,26 +2,30 @@
 
     python -m experiments.train --corpus DIR --output DIR
 
-The folder's *.txt files are read in the order of their names. The last twentieth of
-each is held out. A run that is stopped goes on where its last checkpoint was, to the same losses.
+The folder's *.txt files are read in the order of their names. Every twentieth stretch of 4,096 tokens of each is held
+out. Every window begins with <|endoftext|>. A run that is stopped goes on where its last checkpoint was, to the same
+bits on the same machine.
 """
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.behaviour import copies, observe, resting
 from experiments.harness.output import alone_in
 from minigpt import cli
 from minigpt.config import GPT2Config
@@ -30,9 +34,14 @@ from minigpt.model import GPT2, block_name
 from minigpt.parity import save_reference
 
 END_OF_TEXT = "<|endoftext|>"
-HELD_OUT_SHARE = 1 / 20
-HELD_OUT_WINDOWS = 300
-STATE_FILE = "training.safetensors"
+STRETCH, HELD_OUT, EVERY = 4096, 7, 20
+"""Tokens; of every so many stretches of a text the one of that number is held out. Of a text of fewer than nine
+stretches, a stretch is a ninth."""
+HELD_OUT_WINDOWS = 128
+"""Windows of the held-out loss while the training runs; at its end all of them count."""
+OBSERVED_WINDOWS = 4
+"""Held-out windows whose attention and norms are looked at while the training runs."""
+STATE_FILE, LOG_FILE, HELD_OUT_FILE = "training.safetensors", "training.csv", "held_out.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REFERENCE_TOKENS = 64
 SAVE_EVERY = 200  # steps
@@ -45,13 +54,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Schedule:
     """How long and how fast to learn; the defaults made weights/tiny."""
 
-    tokens: int = 24_000_000
-    batch: int = 16  # windows
-    window: int = 256  # tokens
+    tokens: int = 60_000_000
+    batch: int = 8  # windows
+    window: int = 512  # tokens, <|endoftext|> among them
     learning_rate: float = 2e-3
-    warmup_steps: int = 200
-    decay_share: float = 0.3  # of all steps, at the end, down to zero
-    weight_decay: float = 0.1  # on matrices
+    warmup_steps: int = 300
+    weight_decay: float = 0.1  # on matrices that read from the stream
+    dropout: float = 0.1  # of what attention and MLP write
     gradient_clip: float = 1.0
     seed: int = 0
 
@@ -61,10 +70,35 @@ class Schedule:
         return max(1, self.tokens // (self.batch * self.window))
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, a plateau, linear decay to zero."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        decay = min(1.0, (self.steps - step) / max(1.0, self.decay_share * self.steps))
-        return self.learning_rate * warm * decay
+        """Learning rate of a step: linear warm-up, then linear decay to zero."""
+        warm = (step + 1) / self.warmup_steps
+        decay = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * min(1.0, warm, decay)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the log says at a step."""
+
+    step: int
+    training_loss: float
+    """Nats per token, the mean since the last entry, under dropout."""
+    held_out_loss: float
+    resting_heads: float
+    """Share of heads that rest on position 0, as `experiments.behaviour` counts them."""
+    norm_of_position_0: float
+    """Over the others' mean, at the depth where it is largest."""
+    induction_gain: float
+    """Nats per token."""
+
+
+class Part(NamedTuple):
+    """The tokens to learn from, or those held out."""
+
+    ids: Tensor
+    """[token]"""
+    starts: Tensor
+    """Where windows begin: enough tokens follow within the same stretch, or run of stretches."""
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -82,59 +116,96 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def split(texts: list[str], tokenizer: tokenizers.Tokenizer, window: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out token ids: the first 19/20 and the last 1/20 of every text.
+def split(texts: list[str], tokenizer: tokenizers.Tokenizer, window: int) -> tuple[Part, Part]:
+    """What is learnt from, where a window may begin at every token, and what is held out, in windows side by side.
 
-    Raises ValueError when either part is shorter than a window and one token.
+    Raises ValueError when either has no window.
     """
-    end = tokenizer.encode(END_OF_TEXT).ids
-    parts: tuple[list[int], list[int]] = ([], [])
+    parts: tuple[list[list[int]], list[list[int]]] = ([], [])
     for text in texts:
         ids = tokenizer.encode(text).ids
-        cut = round(len(ids) * (1 - HELD_OUT_SHARE))
-        for part, share in zip(parts, (ids[:cut], ids[cut:]), strict=True):
-            part += [*end, *share]
-    if min(map(len, parts)) <= window:
+        length = min(STRETCH, max(1, len(ids) // (HELD_OUT + 2)))
+        for number, start in enumerate(range(0, len(ids), length)):
+            held = number % EVERY == HELD_OUT
+            if held or number % EVERY == HELD_OUT + 1 or start == 0:
+                parts[held].append([])
+            parts[held][-1].extend(ids[start : start + length])
+    learned, held_out = (_part(runs, window, step) for runs, step in zip(parts, (1, window), strict=True))
+    if not min(len(learned.starts), len(held_out.starts)):
         raise ValueError(
-            f"The corpus has {len(parts[0])} tokens to learn from and {len(parts[1])} held out; each part must be "
-            f"longer than a window of {window}: bring more text."
+            f"The corpus has {len(learned.ids)} tokens to learn from and {len(held_out.ids)} held out; neither may be "
+            f"shorter than a window of {window}: bring more text."
         )
-    return torch.tensor(parts[0]), torch.tensor(parts[1])
+    return learned, held_out
 
 
-def windows(ids: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next-token targets, each [len(starts), length]."""
-    index = starts[:, None] + torch.arange(length + 1)
-    return ids[index[:, :-1]], ids[index[:, 1:]]
+def _part(runs: list[list[int]], window: int, step: int) -> Part:
+    """Runs of tokens that follow each other, as one, with a window's start at every so many tokens of each."""
+    starts, first = list[Tensor](), 0
+    for run in runs:
+        starts.append(torch.arange(first, first + max(0, len(run) - window + 1), step))
+        first += len(run)
+    return Part(torch.tensor([token for run in runs for token in run]), torch.cat(starts) if starts else torch.empty(0))
 
 
-def batch_of(step: int, ids: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def windows(part: Part, starts: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
+    """Inputs, with <|endoftext|> in front, and next-token targets, each [len(starts), length]."""
+    targets = part.ids[starts[:, None] + torch.arange(length)]
+    return torch.cat([torch.full((len(starts), 1), end), targets[:, :-1]], 1), targets
+
+
+def batch_of(step: int, part: Part, schedule: Schedule, end: int) -> tuple[Tensor, Tensor]:
     """The windows of one step: drawn from (seed, step) alone, so that a resumed run sees the same."""
     generator = np.random.default_rng([schedule.seed, step])
-    starts = torch.from_numpy(generator.integers(0, len(ids) - schedule.window, schedule.batch))
-    return windows(ids, starts, schedule.window)
+    chosen = torch.from_numpy(generator.integers(0, len(part.starts), schedule.batch))
+    return windows(part, part.starts[chosen], schedule.window, end)
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2, ids: Tensor, window: int) -> float:
-    """Mean next-token loss, in nats per token, over windows evenly spaced in the held-out text."""
-    starts = torch.linspace(0, len(ids) - window - 1, HELD_OUT_WINDOWS).long()
-    device = next(model.parameters()).device
+def held_out_loss(model: GPT2, part: Part, window: int, most: int | None = None) -> float:
+    """Mean next-token loss, in nats per token, over at most so many windows, evenly spaced."""
+    starts = part.starts[_spaced(len(part.starts), most)]
     total = 0.0
-    for chunk in starts.split(20):
-        inputs, targets = (part.to(device) for part in windows(ids, chunk, window))
+    for chunk in starts.split(8):
+        inputs, targets = (of.to(model.device) for of in windows(part, chunk, window, _end(model)))
         total += F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum").item()
     return total / (len(starts) * window)
 
 
+def _spaced(count: int, most: int | None) -> Tensor:
+    return torch.linspace(0, count - 1, min(count, most or count)).round().long()
+
+
+def _end(model: GPT2) -> int:
+    """<|endoftext|>, which every training's config names."""
+    return int(model.config.eos_token_id or 0)
+
+
 def make_optimizer(model: GPT2, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW over every weight, decaying the matrices only; the scales are not trained."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW over every weight. Only matrices that read from the stream decay: what writes into it may grow."""
+    reading = [w for name, w in trained(model) if w.ndim >= 2 and _reads(name)]
+    others = [w for name, w in trained(model) if not (w.ndim >= 2 and _reads(name))]
     groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": schedule.weight_decay},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
+        {"params": reading, "weight_decay": schedule.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def _reads(name: str) -> bool:
+    """Whether a matrix of that name reads from the stream: no embedding does, and no projection into it."""
+    return name.startswith("blocks.") and not name.endswith("projection.weight")
+
+
+def drop(model: GPT2, share: float) -> None:
+    """Let what attention and MLP write drop out while the model is in training mode: of every block, whatever it is."""
+
+    def hook(module: nn.Module, _given: Any, out: Tensor) -> Tensor:
+        return F.dropout(out, share, module.training)
+
+    for block in model.blocks if share else ():
+        for sublayer in (block.attention, block.mlp):
+            sublayer.register_forward_hook(hook)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -151,6 +222,7 @@ def take_step(
     step: int,
 ) -> float:
     """One optimiser step; returns its loss in nats per token."""
+    torch.manual_seed(schedule.seed * 2**32 + step)  # of what drops out, so that a resumed run drops the same
     for group in optimizer.param_groups:
         group["lr"] = schedule.rate(step)
     device = next(model.parameters()).device
@@ -165,9 +237,20 @@ def take_step(
     return loss.item()
 
 
-def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, losses: list[float], settings: str) -> None:
-    """Write all that a resumed run needs: weights, both moments, the losses so far."""
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    losses: list[float]
+    """Of every step."""
+    log: list[Logged]
+
+
+def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, progress: Progress, settings: str) -> None:
+    """Write all that a resumed run needs: weights, both moments, the losses and the log so far."""
+    log = [list(asdict(entry).values()) for entry in progress.log]
+    tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
+    tensors["log"] = torch.tensor(log, dtype=torch.float64).reshape(-1, len(fields(Logged)))
     for name, parameter in trained(model):
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for moment in MOMENTS:
@@ -177,8 +260,8 @@ def save_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, losses: li
     write_tensors(path, tensors, {"settings": settings})
 
 
-def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> list[float]:
-    """Take up a saved state; returns the losses so far, one for each step done.
+def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> Progress:
+    """Take up a saved state; returns how far it had come.
 
     Raises ValueError when the state was written by a run with other settings, or is broken.
     """
@@ -188,12 +271,13 @@ def load_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: 
         raise ValueError(f"{path} is broken ({error}); remove it to start anew.") from None
 
 
-def _read_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> list[float]:
+def _read_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings: str) -> Progress:
     with open_tensors(path) as file:
         found = (file.metadata() or {}).get("settings")
         if found != settings:
             raise ValueError(f"{path} belongs to a run with other settings ({found}); choose another --output.")
         losses = file.get_tensor("losses").tolist()
+        log = [Logged(int(step), *rest) for step, *rest in file.get_tensor("log").tolist()]
         for name, parameter in trained(model):
             for part in ("weight", *MOMENTS):  # copying would broadcast, and the fused optimiser reads beyond the end
                 shape = file.get_slice(f"{part}/{name}").get_shape()
@@ -204,7 +288,7 @@ def _read_state(path: Path, model: GPT2, optimizer: torch.optim.AdamW, settings:
                 "step": torch.tensor(float(len(losses)), device=parameter.device),
                 **{moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in MOMENTS},
             }
-    return losses
+    return Progress(losses, log)
 
 
 def trained(model: GPT2) -> list[tuple[str, torch.nn.Parameter]]:
@@ -212,51 +296,93 @@ def trained(model: GPT2) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def train(
-    model: GPT2, train_ids: Tensor, held_out_ids: Tensor, schedule: Schedule, output: Path, settings: str
-) -> None:
-    """Run the schedule from wherever `output` stands, saving as it goes."""
-    optimizer, losses = make_optimizer(model, schedule), []
+def train(model: GPT2, learned: Part, held_out: Part, schedule: Schedule, output: Path, settings: str) -> Progress:
+    """Run the schedule from wherever `output` stands, saving as it goes; returns the losses and the log."""
+    optimizer, progress = make_optimizer(model, schedule), Progress([], [])
     state = output / STATE_FILE
     if state.exists():
-        losses = load_state(state, model, optimizer, settings)
-    started, first = time.monotonic(), len(losses)
+        progress = load_state(state, model, optimizer, settings)
+    started, first = time.monotonic(), len(progress.losses)
     bar = tqdm(range(first, schedule.steps), initial=first, total=schedule.steps, unit="step", disable=None)
     loss_of = torch.compile(mean_loss) if compiled(model) else mean_loss
     for step in bar:
-        losses.append(take_step(model, optimizer, loss_of, batch_of(step, train_ids, schedule), schedule, step))
+        batch = batch_of(step, learned, schedule, _end(model))
+        progress.losses.append(take_step(model, optimizer, loss_of, batch, schedule, step))
         rate = (step + 1 - first) * schedule.batch * schedule.window / (time.monotonic() - started)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_second=f"{rate:.0f}")
+        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", tokens_per_second=f"{rate:.0f}")
         done = step + 1 == schedule.steps
-        if done or (step + 1) % SAVE_EVERY == 0:
-            save_state(state, model, optimizer, losses, settings)
         if done or (step + 1) % REPORT_EVERY == 0:
-            held_out = held_out_loss(model, held_out_ids, schedule.window)
-            recent = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
-            tqdm.write(
-                f"step {step + 1}/{schedule.steps}: training loss {recent:.4f}, held-out loss {held_out:.4f} "
-                f"nats per token, {rate:.0f} tokens/s",
-                file=sys.stdout,
-            )
+            progress.log.append(logged(model, held_out, schedule, progress))
+            tqdm.write(f"{_in_words(progress.log[-1], schedule)}, {rate:.0f} tokens/s", file=sys.stdout)
             sys.stdout.flush()
+        if done or (step + 1) % SAVE_EVERY == 0:
+            save_state(state, model, optimizer, progress, settings)
+    return progress
 
 
-def export(model: GPT2, tokenizer: tokenizers.Tokenizer, held_out_ids: Tensor, window: int, output: Path) -> None:
-    """Write the finished checkpoint, float16, with tokenizer, losses and reference."""
-    with open_tensors(output / STATE_FILE) as file:
-        losses = file.get_tensor("losses").tolist()
-    lines = [f"{step},{loss}" for step, loss in enumerate(losses, start=1)]
-    text = "\n".join(["step,nats_per_token", *lines]) + "\n"
-    write_text(output / "losses.csv", text)
+def logged(model: GPT2, held_out: Part, schedule: Schedule, progress: Progress) -> Logged:
+    """What the model does after the steps so far."""
+    with _as_written(model):
+        return _logged(model, held_out, schedule, progress)
+
+
+@contextmanager
+def _as_written(model: GPT2) -> Iterator[None]:
+    """While the body runs, nothing drops out, and no block is compiled: who looks into one needs its hooks."""
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    for block in model.eval().blocks:
+        block._compiled_call_impl = None
+    yield
+    for block, call in zip(model.train().blocks, compiled, strict=True):
+        block._compiled_call_impl = call
+
+
+def _logged(model: GPT2, held_out: Part, schedule: Schedule, progress: Progress) -> Logged:
+    seen = progress.log[-1].step if progress.log else 0
+    recent = progress.losses[seen:] or progress.losses[-1:]
+    starts = held_out.starts[_spaced(len(held_out.starts), OBSERVED_WINDOWS)]
+    texts = windows(held_out, starts, schedule.window, _end(model))[1].tolist()
+    found = observe(model, [text[:-1] for text in texts])
+    return Logged(
+        step=len(progress.losses),
+        training_loss=sum(recent) / len(recent),
+        held_out_loss=held_out_loss(model, held_out, schedule.window, HELD_OUT_WINDOWS),
+        resting_heads=resting(found.attention[:, 1]),
+        norm_of_position_0=float(found.norms[:, 1].mean(0).max()),
+        induction_gain=copies(model).value,
+    )
+
+
+def _in_words(entry: Logged, schedule: Schedule) -> str:
+    return (
+        f"step {entry.step}/{schedule.steps}: training loss {entry.training_loss:.4f}, held-out loss "
+        f"{entry.held_out_loss:.4f} nats per token, {entry.resting_heads:.0%} of heads rest on position 0, its norm is "
+        f"{entry.norm_of_position_0:.3g} times the others', induction gain {entry.induction_gain:.3f} nats"
+    )
+
+
+def export(
+    model: GPT2, tokenizer: tokenizers.Tokenizer, held_out: Part, progress: Progress, window: int, output: Path
+) -> None:
+    """Write the finished checkpoint, float16, with tokenizer, log and reference, and the held-out texts beside it."""
+    names = [field.name for field in fields(Logged)]
+    lines = [",".join(names), *(",".join(map(str, asdict(entry).values())) for entry in progress.log)]
+    write_text(output / LOG_FILE, "\n".join(lines) + "\n")
     write_text(output / "tokenizer.json", tokenizer.to_str(pretty=True))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     text = json.dumps({**about, "model_max_length": window}, indent=2) + "\n"
     write_text(output / "tokenizer_config.json", text)
     model.half().save_pretrained(output)
-    stored = GPT2.from_pretrained(output, block=model.block)
-    save_reference(output, held_out_ids[None, : min(REFERENCE_TOKENS, window)], model.block)
-    loss = held_out_loss(stored, held_out_ids, window)
-    print(f"held-out loss of the stored checkpoint: {loss:.4f} nats per token")
+    stored, whole = GPT2.from_pretrained(output, block=model.block), windows(held_out, held_out.starts, window, 0)[1]
+    texts = tokenizer.decode_batch(whole.tolist(), skip_special_tokens=False)
+    write_text(output / HELD_OUT_FILE, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    save_reference(output, whole[:1, : min(REFERENCE_TOKENS, window)], model.block)
+    loss = held_out_loss(stored, held_out, window)
+    bits = loss * whole.numel() / sum(map(len, texts)) / math.log(2)
+    print(
+        f"held-out loss of the stored checkpoint, over {len(texts)} windows: {loss:.4f} nats per token, "
+        f"{bits:.4f} bits per character"
+    )
 
 
 def compiled(model: GPT2) -> bool:
@@ -282,10 +408,12 @@ def main(
     batch: Annotated[int, typer.Option(help="windows per step")] = Schedule.batch,
     learning_rate: float = Schedule.learning_rate,
     warmup_steps: int = Schedule.warmup_steps,
+    weight_decay: Annotated[float, typer.Option(help="of matrices that read from the stream")] = Schedule.weight_decay,
+    dropout: Annotated[float, typer.Option(help="share of what attention and MLP write")] = Schedule.dropout,
     n_layer: int = 12,
     n_embd: int = 192,
     n_head: int = 3,
-    n_positions: Annotated[int, typer.Option(help="tokens per window")] = 256,
+    n_positions: Annotated[int, typer.Option(help="tokens per window")] = Schedule.window,
     vocab_size: int = 4096,
     seed: int = 0,
     device: str = "cpu",
@@ -293,10 +421,12 @@ def main(
     compile_blocks: Annotated[bool, typer.Option("--compile", help="faster; needs a C++ compiler")] = False,
 ) -> None:
     """Train a tokenizer and a GPT-2, or a model of another block, on a folder of text."""
-    schedule = Schedule(tokens, batch, n_positions, learning_rate, warmup_steps, seed=seed)
+    schedule = Schedule(
+        tokens, batch, n_positions, learning_rate, warmup_steps, weight_decay, dropout, Schedule.gradient_clip, seed
+    )
     texts = read_corpus(corpus)
     tokenizer = train_tokenizer(texts, vocab_size)
-    train_ids, held_out_ids = split(texts, tokenizer, n_positions)
+    learned, held_out = split(texts, tokenizer, n_positions)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=n_positions,
@@ -311,13 +441,16 @@ def main(
     settings = json.dumps({"config": stated, "schedule": asdict(schedule), "compile": compile_blocks})
     torch.manual_seed(seed)
     model = GPT2(config, made_of).to(cli.pick_device(device))
+    drop(model, dropout)
     if compile_blocks:
         for layer in model.blocks:
             layer.compile()
-    print(f"{len(train_ids)} training tokens, {len(held_out_ids)} held-out tokens, {schedule.steps} steps", flush=True)
+    print(
+        f"{len(learned.ids)} training tokens, {len(held_out.ids)} held-out tokens, {schedule.steps} steps", flush=True
+    )
     with alone_in(output):
-        train(model, train_ids, held_out_ids, schedule, output, settings)
-        export(model, tokenizer, held_out_ids, n_positions, output)
+        progress = train(model, learned, held_out, schedule, output, settings)
+        export(model, tokenizer, held_out, progress, n_positions, output)
 
 
 if __name__ == "__main__":
