@@ -245,16 +245,22 @@ def closes(model: GPT2, tokenizer: Tokenizer) -> Answer:
     return Answer.of("quotations closed", "share of sentences", (opened > plain).tolist())
 
 
-@torch.no_grad()
 def copies(model: GPT2) -> Answer:
-    """How much less a random sequence surprises when it comes again: the induction of Olsson et al. 2022, "In-context
-    Learning and Induction Heads". Mean loss of its tokens but the first, first time less second time."""
+    """How much less a random sequence surprises when it comes again: mean loss, first time less second time."""
+    first, again = copy_losses(model)
+    return Answer.of("induction gain", "nats per token", (first - again).tolist())
+
+
+@torch.no_grad()
+def copy_losses(model: GPT2) -> tuple[Tensor, Tensor]:
+    """Mean loss of the tokens of random sequences when they come first, and when they come again: [sequence] each.
+
+    The first token of each is left out: nothing foretells it either time. The induction of Olsson et al. 2022,
+    "In-context Learning and Induction Heads".
+    """
     ids, length = repeated(model)
-    losses = torch.cat([losses_of(model, some)[:, 1:] for some in ids.split(8)]) if len(ids) else torch.empty(0, 0)
-    first, second = losses[:, : length - 1], losses[:, length:]
-    return Answer.of(
-        "induction gain", "nats per token", (first.mean(1) - second.mean(1)).tolist() if length > 1 else []
-    )
+    losses = torch.cat([losses_of(model, some)[:, 1:] for some in ids.split(8)])
+    return losses[:, : length - 1].mean(1), losses[:, length:].mean(1)
 
 
 def repeated(model: GPT2) -> tuple[Tensor, int]:

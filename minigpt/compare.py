@@ -3,7 +3,7 @@
 `sweep` is for grids of layers and factors. Here every intervention is a dict of parameters, as `scaled` takes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -66,6 +66,8 @@ def compare(
     Raises ValueError for no intervention, for an unknown parameter, for a shape that does not fit, for a model that is
     not clean, for a stream that overflows, and when `max_bytes` is too little for one run beside the clean one.
     """
+    if isinstance(interventions, Mapping) or not all(isinstance(of, Mapping) for of in interventions):
+        raise ValueError("The interventions are not a list of dicts; for a single one give [intervention].")
     if not interventions or not all(interventions):
         raise ValueError(
             "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pad_sequence
 
+from minigpt.linear import Linear
 from minigpt.measures import WRITERS, inner_products, squared_norms
-from minigpt.model import GPT2, Block, replaced
+from minigpt.model import GPT2, MLP, Attention, Block, changes_of, forward_mode, in_place, replaced, through
 from minigpt.parameters import TEXT_AXES, Native, Values, assigned, block_of, check_clean, fit, natives
 from minigpt.predictions import Predictions, predict
 
@@ -34,6 +36,7 @@ SUM_ROUNDINGS = 4
 """A block adds what its sublayers write to the stream one after the other: so many roundings, relative, at the most."""
 SQUARES = ("difference_sq", "run_sq", "inner")
 """What is kept of every row at every place, as `Statistics` has it."""
+KNOWN = (GPT2, Block, Attention, MLP, Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
 Predict = Callable[[GPT2, Tensor, Tensor, Tensor], Predictions]
 """Streams at the last depth, their ids and lengths -> what is kept of the predictions: [row, batch, position]."""
 
@@ -73,6 +76,7 @@ class Job:
     ) -> "Job":
         """Texts and runs that fit a clean model, or a ValueError that says what does not."""
         check_clean(model)
+        check_blocks(model)
         ids, lengths = padded(texts)
         model.config.check_ids(ids)
         declared, fitting = natives(model), list[dict[str, Tensor]]()
@@ -81,6 +85,11 @@ class Job:
         used = {name: declared[name] for run in fitting for name in run}
         predict = predict_logits if predictions is True else predictions or None
         return cls(model, ids, lengths, fitting, predict, tangents, steps, used, named)
+
+    @cached_property
+    def known(self) -> bool:
+        """Whether the model is made of this library's own parts alone, which treat every row by itself."""
+        return all(type(module) in KNOWN for module in self.model.modules())
 
     @property
     def count(self) -> int:
@@ -106,7 +115,7 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     if isinstance(texts, Tensor):
         full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
         return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
-    if isinstance(texts, str) or not all(isinstance(text, Sequence) and not isinstance(text, str) for text in texts):
+    if not isinstance(texts, Sequence) or not all(map(_is_a_text, texts)):
         raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
     lengths = [len(text) for text in texts]
     if not lengths or not min(lengths):
@@ -115,6 +124,32 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         )
     rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
     return pad_sequence(rows, batch_first=True), torch.tensor(lengths)
+
+
+def _is_a_text(text: object) -> bool:
+    """Whether something is a list of whole numbers."""
+    if not isinstance(text, Sequence) or isinstance(text, str):
+        return False
+    return all(isinstance(token, Integral) and not isinstance(token, bool) for token in text)
+
+
+def check_blocks(model: GPT2) -> None:
+    """Raise ValueError for a model whose blocks a pass cannot run one by one, each with values of its own."""
+    kind, followed = type(model), ("forward", "depths", "last_depth")
+    other = [name for name in followed if getattr(kind, name) is not getattr(GPT2, name)]
+    if other:
+        raise ValueError(
+            f"{kind.__name__} has a {other[0]} of its own, which no pass follows: put what is different into a "
+            "subclass of minigpt.Block, and give that with block=."
+        )
+    known = dict[int, int]()
+    for layer, block in enumerate(model.blocks):
+        for module in (of for of in block.modules() if natives(of)):
+            if known.setdefault(id(module), layer) != layer:
+                raise ValueError(
+                    f"Blocks {known[id(module)]} and {layer} share one {type(module).__name__}, which has native "
+                    "parameters: its values would act in both. Share its weights instead."
+                )
 
 
 def _with_all_axes(name: str, value: Tensor, native: Native, ids: Tensor) -> Tensor:
@@ -218,14 +253,16 @@ class Pass:
                 _observed(block) as writes,
                 self._within_range(block, f"the norm layers of block {layer}", of_slab),
                 shared.among(len(slab), len(slab) - len(before), first=start == 0) if shared else nullcontext(),
+                forward_mode() if self.job.tangents else nullcontext(),
             ):
                 out = _call(block, slab, values)
             if before:
                 parts = _writes(writes, slab, len(before), values)
                 clean = clean or Clean.of(slab, out, parts)
-                parts = {part: parts[part] for part in clean.writes}
-                named = [row for row, run in enumerate(before) if self._named(layer, [run])]
-                written.append(self._written(clean, slab[: len(before)], out[: len(before)], parts, named))
+                there = clean.writes.keys() <= parts.keys()  # a slab may not need a sublayer
+                parts = {part: parts[part] for part in clean.writes} if there else {}
+                names = [set(self._named(layer, [run])) for run in before]
+                written.append(self._written(clean, slab[: len(before)], out[: len(before)], parts, names))
             steps += [squared_norms(out - slab)] if self.job.steps else []
             slab.copy_(out)
         return {name: torch.cat(found).double() for name, found in (("written", written), ("steps_sq", steps)) if found}
@@ -238,7 +275,7 @@ class Pass:
         """
 
         def check(_: nn.Module, given: tuple[Any, ...]) -> None:
-            x = _primal(given[0])
+            x = primal(given[0])
             most = largest_normed(x.dtype, x.shape[-1])
             low, high = torch.aminmax(x)
             if not (-most <= float(low) and float(high) <= most):
@@ -298,30 +335,41 @@ class Pass:
         return (torch.zeros_like(x) if tangent is None else tangent).to(wide)
 
     def _written(
-        self, clean: "Clean", before: Tensor, after: Tensor, parts: Mapping[str, Tensor], named: Sequence[int]
+        self, clean: "Clean", before: Tensor, after: Tensor, parts: Mapping[str, Tensor], names: Sequence[set[str]]
     ) -> Tensor:
         """What a block, its attention and its MLP wrote otherwise than in the clean run: [row, writer, 2, batch,
         position], the two numbers of `Statistics.written`; not a number for a sublayer that the block does not have.
 
         The block's own write is the sum of its sublayers'. The difference of the streams before and after it would hold
-        their rounding too, which can be larger than the write. It is taken only where there are no such parts, and for
-        the rows whose run has `named` a parameter of the block: that may act on more than what the sublayers write.
+        their rounding too, which can be larger than the write. It is taken only where there are no such parts, for rows
+        whose run names parameters of the block, `names`, which may act on more than what the sublayers write, and for
+        rows of a block of one's own that wrote something else: those have no parts.
         """
-        carried = self._difference(before, clean.before)
+        carried, acted = self._difference(before, clean.before), [row for row, of in enumerate(names) if of]
         writes = {f"{part}_written": self._difference(write, clean.writes[part]) for part, write in parts.items()}
-        if not parts or named:
+        if not parts or acted or not self.job.known:
             by_streams = self._difference(after, clean.after) - carried
-        if parts:
-            writes["written"] = reduce(torch.add, list(writes.values()))
-            if named:
-                writes["written"][list(named)] = by_streams[list(named)]
-        else:
-            writes["written"] = by_streams
+        written = _total(writes.values()) if parts else by_streams
+        if parts and not self.job.known:
+            other = self._apart(by_streams, written, (before, after, *parts.values()))
+            other[[row for row in acted if not names[row] <= {f"{part}_scale" for part in parts}]] = False
+            written[other] = by_streams[other]
+            for write in writes.values():
+                write[other] = torch.nan
+        if acted:
+            written[acted] = by_streams[acted]
+        writes["written"] = written
         numbers = carried.new_full((len(carried), len(WRITERS), 2, *carried.shape[1:-1]), torch.nan)
         for index, write in ((index, writes[writer]) for index, writer in enumerate(WRITERS) if writer in writes):
             numbers[:, index, 0] = torch.linalg.vecdot(write, write)
             numbers[:, index, 1] = torch.linalg.vecdot(carried, write)
         return numbers
+
+    def _apart(self, by_streams: Tensor, by_parts: Tensor, terms: Sequence[Tensor]) -> Tensor:
+        """Which rows wrote something else than their sublayers did: [row]."""
+        sizes = [forward_ad.unpack_dual(of).tangent if self.job.tangents else of for of in terms]
+        rounding = torch.finfo(by_streams.dtype).eps ** 2 * sum(squared_norms(of) for of in sizes if of is not None)
+        return (squared_norms(by_streams - by_parts) > (2 * SUM_ROUNDINGS) ** 2 * rounding).flatten(1).any(1)
 
     def _place(
         self,
@@ -339,7 +387,7 @@ class Pass:
             else:
                 with self._within_range(norm, "the final norm", runs[start : start + len(slab)]):
                     read = norm(slab.flatten(0, 1)).view_as(slab)
-            clean = clean if parts else _primal(read[0]).double()
+            clean = clean if parts else primal(read[0]).double()
             parts.append(self._numbers(read, clean))
         numbers = {**dict(zip(SQUARES, torch.cat(parts, 1), strict=True)), **(found or {})}
         on_cpu = {name: of.cpu() for name, of in numbers.items()}
@@ -387,7 +435,7 @@ class Clean:
         norm behind them, say, it does not.
         """
         x, y, parts = before[0].clone(), after[0].clone(), {part: write[0].clone() for part, write in writes.items()}
-        terms = [_primal(y).double(), *(-_primal(term).double() for term in (x, *parts.values()))]
+        terms = [primal(y).double(), *(-primal(term).double() for term in (x, *parts.values()))]
         rounding = torch.finfo(x.dtype).eps ** 2 * sum(squared_norms(term) for term in terms)
         add_up = squared_norms(reduce(torch.add, terms)) <= SUM_ROUNDINGS**2 * rounding
         return cls(x, y, parts if bool(add_up.all()) else {})
@@ -434,22 +482,32 @@ class Shared:
         **named: Any,
     ) -> Any:
         """What a module makes of a slab; of the last rows, where they repeat the clean one, what it made of that."""
-        x, old, texts = _only_tensor(given, named), rows - new, self.texts
+        x = _only_tensor(given, named)
         if x is None or len(x) != rows:
             return forward(*given, **named)
+        before = changes_of(x)
+        out = self._shared(module, partial(forward, **named), x, rows - new, first, given[1:])
+        if changes_of(x) != before:
+            raise ValueError(in_place(module))
+        return out
+
+    def _shared(
+        self, module: nn.Module, forward: Callable[..., Any], x: Tensor, old: int, first: bool, more: tuple[Any, ...]
+    ) -> Any:
+        rows, texts = len(x), self.texts
         if first:
             repeats = _repeats(x[old:], x[:texts])
-            out = forward(x[:old] if repeats else x, *given[1:], **named)
+            out = forward(x[:old] if repeats else x, *more)
             if not isinstance(out, Tensor) or len(out) != (old if repeats else rows):
-                return forward(*given, **named) if repeats else out
+                return forward(x, *more) if repeats else out
             made = out[:texts]
             self.clean.setdefault(module, []).append((x[:texts].clone(), made.clone()))
-            return torch.cat([out, _repeated(made, new)]) if repeats else out
+            return torch.cat([out, _repeated(made, rows - old)]) if repeats else out
         for clean, made in self.clean.get(module, []):
             if _repeats(x[old:], clean):
-                computed = [forward(x[:old], *given[1:], **named)] if old else []
-                return torch.cat([*computed, _repeated(made, new)])
-        return forward(*given, **named)
+                computed = [forward(x[:old], *more)] if old else []
+                return torch.cat([*computed, _repeated(made, rows - old)])
+        return forward(x, *more)
 
 
 def _repeats(x: Tensor, clean: Tensor) -> bool:
@@ -467,6 +525,12 @@ def _only_tensor(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | N
     first, *others = given or (None,)
     none_else = all(of is None for of in (*others, *named.values()))
     return first if isinstance(first, Tensor) and first.ndim and none_else else None
+
+
+def _total(writes: Iterable[Tensor]) -> Tensor:
+    """The sum, as a tensor of its own."""
+    first, *others = writes
+    return reduce(torch.add, others, first) if others else first.clone()
 
 
 @contextmanager
@@ -493,7 +557,7 @@ def _writes(
     found = dict[str, Tensor]()
     for part, tensors in returned.items():
         if all(of.numel() == slab.numel() for of in tensors):
-            write = reduce(torch.add, (of.view_as(slab)[:rows] for of in tensors))
+            write = reduce(torch.add, (of.reshape(slab.shape)[:rows] for of in tensors))
             scale = values.get(f"{part}_scale")
             found[part] = write if scale is None else write * scale[:rows]
     return found
@@ -504,7 +568,10 @@ def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     texts = slab.shape[1]
     each = {name: value.expand(-1, texts, *value.shape[2:]).flatten(0, 1) for name, value in values.items()}
     with assigned(block, each):
-        return block(slab.flatten(0, 1)).view_as(slab)
+        out = through(block, slab.flatten(0, 1))
+    if out.dtype != slab.dtype:
+        raise ValueError(f"{type(block).__name__} returned {out.dtype}; expected {slab.dtype}, as the weights are.")
+    return out.view_as(slab)
 
 
 def leaves_at(run: Mapping[str, Tensor]) -> int:
@@ -512,7 +579,8 @@ def leaves_at(run: Mapping[str, Tensor]) -> int:
     return min(map(block_of, run))
 
 
-def _primal(x: Tensor) -> Tensor:
+def primal(x: Tensor) -> Tensor:
+    """A tensor without its tangent."""
     return forward_ad.unpack_dual(x).primal
 
 

@@ -9,7 +9,7 @@ import importlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -40,6 +40,11 @@ def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterat
         delattr(module, name)
         if own is not None:
             setattr(module, name, own)
+
+
+def forward_mode() -> AbstractContextManager[None]:
+    """Attention by plain products: fused kernels have no forward-mode derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Attention(nn.Module):
@@ -87,9 +92,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, cache.seen if cache is not None else 0)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # Fused attention kernels have no forward-mode derivative; the plain products do.
-        forward_mode = forward_ad.unpack_dual(q).tangent is not None
-        with sdpa_kernel(SDPBackend.MATH) if forward_mode else nullcontext():
+        with forward_mode() if forward_ad.unpack_dual(q).tangent is not None else nullcontext():
             z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)
         return z.transpose(1, 2)
 
@@ -148,6 +151,30 @@ class Block(nn.Module):
         return self.output_scale * y
 
 
+def through(block: Block, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    """The stream after a block. Raises ValueError for a block that returns no stream, or changes the one before it."""
+    before = changes_of(x)
+    out = block(x, cache) if cache is not None else block(x)
+    if changes_of(x) != before:
+        raise ValueError(f"{in_place(block)} x = x + ... is right where x += ... is not.")
+    if not isinstance(out, Tensor) or out.shape[1:] != x.shape[1:]:
+        found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"{type(block).__name__} returned {found}; expected a stream like the one that it read, {list(x.shape)}."
+        )
+    return out
+
+
+def changes_of(x: Tensor) -> int:
+    """How often a tensor was changed in place; of one made in inference mode PyTorch does not know."""
+    return 0 if x.is_inference() else x._version
+
+
+def in_place(module: nn.Module) -> str:
+    """What is wrong with a module that writes into what it reads."""
+    return f"{type(module).__name__} changes its input in place, which others still read: let it make a new tensor."
+
+
 SITES = scaled_sites((*Block.native, *Attention.native, *MLP.native))
 """The sites of GPT-2's block; `parameters.sites_of` tells those of a model."""
 
@@ -176,9 +203,14 @@ def block_name(block: type[Block]) -> str | None:
     return None if block is Block else f"{block.__module__}:{block.__qualname__}"
 
 
-def _kept_beside(module: nn.Module) -> bool:
-    """Whether a module keeps tensors that no checkpoint holds, such as tables of angles."""
-    return bool(module._non_persistent_buffers_set) or any(isinstance(kept, Tensor) for kept in vars(module).values())
+def kept_beside(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that modules keep and no checkpoint holds, by name: tables of angles, say."""
+    found = dict[str, Tensor]()
+    for path, module in model.named_modules():
+        kept = {name: of for name, of in module._buffers.items() if name in module._non_persistent_buffers_set}
+        kept |= {name: of for name, of in vars(module).items() if isinstance(of, Tensor)}
+        found |= {f"{path}.{name}" if path else name: of for name, of in kept.items() if of is not None}
+    return found
 
 
 class _Undrawn(TorchFunctionMode):
@@ -239,7 +271,7 @@ class GPT2(nn.Module):
         x = self.embed(ids, cache.seen if cache is not None else 0)
         yield x
         for block in self.blocks:
-            x = block(x, cache)
+            x = through(block, x, cache)
             yield x
         if cache is not None:
             cache.seen += ids.shape[1]
@@ -331,8 +363,22 @@ class GPT2(nn.Module):
                 "Native parameters that are not neutral cannot be saved, for a checkpoint has no place for them: "
                 f"{changed}. Set them back."
             )
+        self._check_kept_beside()
         layout = self._layout(self.config, self.block, own=self.block is not Block)
         checkpoint.save(Path(directory), self.config, weights(self), layout)
+
+    def _check_kept_beside(self) -> None:
+        """Raise ValueError for tensors that no checkpoint holds, and that the block does not make again as they are."""
+        if not (kept := kept_beside(self)):
+            return
+        with torch.random.fork_rng(), torch.device(self.device):
+            torch.rand(1)  # a table that is drawn comes out otherwise
+            again = kept_beside(type(self)(self.config, self.block).to(self.dtype))
+        if other := [name for name, of in kept.items() if name not in again or not torch.equal(of, again[name])]:
+            raise ValueError(
+                f"No checkpoint holds {', '.join(other)}, and a new {self.block.__name__} makes it otherwise. Register "
+                "it as a buffer, or as a parameter."
+            )
 
     @classmethod
     def _layout(cls, config: GPT2Config, block: type[Block], own: bool) -> checkpoint.Layout:
@@ -347,7 +393,7 @@ class GPT2(nn.Module):
         """A model to put weights into: nothing is drawn or allocated, unless the block keeps more than its weights."""
         with torch.device("meta"), _Undrawn():
             model = cls(config, block)
-        if not any(_kept_beside(module) for module in model.modules()):
+        if not kept_beside(model):
             return model
         with torch.random.fork_rng(), device:
             return cls(config, block)

@@ -31,6 +31,13 @@ TEXT_AXES = {"batch": "texts", "position": "positions", "query": "queries", "key
 """The words of a shape that depend on the texts, and what there are several of; the others are fields of the config."""
 
 
+COLUMNS = (
+    *("model", "site", "layer", "factor", "depth", "positions", "metric", "text", "intervention"),
+    *("value", "error", "sd", "median", "q1", "q3", "low", "high", "windows"),
+)
+"""What other columns of a table of results are called."""
+
+
 @dataclass(frozen=True)
 class Native:
     """The declaration of one native parameter of a module."""
@@ -51,6 +58,8 @@ class Native:
                 f"{self.name} is declared with the shape {self.shape}; expected `batch` first, and where entries have "
                 "values of their own, an axis that is a field of the config."
             )
+        if self.index in COLUMNS:
+            raise ValueError(f"{self.name} is declared with the index {self.index!r}, which tables use otherwise.")
         expected = {"scale": 1.0, "shift": 0.0}.get(self.name.rpartition("_")[2], self.neutral)
         if self.neutral != expected:
             raise ValueError(
@@ -98,7 +107,7 @@ def natives(model: nn.Module) -> dict[str, Native]:
 
 def sites_of(model: nn.Module) -> tuple[str, ...]:
     """The sites that the blocks of a model have a scale for."""
-    return scaled_sites(natives(_blocks(model)[0]).values())
+    return tuple(dict.fromkeys(scaled_sites(natives(_blocks(model)[0]).values())))
 
 
 def scaled_sites(declared: Iterable[Native]) -> tuple[str, ...]:
@@ -108,10 +117,13 @@ def scaled_sites(declared: Iterable[Native]) -> tuple[str, ...]:
 
 def parameter_name(model: nn.Module, layer: int, site: str = "output") -> str:
     """The full name of the scale of a block's site. Raises ValueError for a site that does not exist."""
-    for name, native in natives(_blocks(model)[layer]).items():
-        if native.name == f"{site}_scale":
-            return f"blocks.{layer}.{name}"
-    raise ValueError(f"site is {site!r}; expected one of {', '.join(sites_of(model))}.")
+    declared = natives(_blocks(model)[layer]).items()
+    names = [f"blocks.{layer}.{name}" for name, native in declared if native.name == f"{site}_scale"]
+    if len(names) > 1:
+        raise ValueError(f"site is {site!r}, which several modules have: {', '.join(names)}. Give them other names.")
+    if not names:
+        raise ValueError(f"site is {site!r}; expected one of {', '.join(sites_of(model))}.")
+    return names[0]
 
 
 def block_of(name: str) -> int:
@@ -203,9 +215,11 @@ def _likeness(name: str, other: str) -> float:
 
 
 def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, config: GPT2Config) -> Tensor:
+    if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+        raise ValueError(f"{name} was given {value!r}; expected real numbers.")
     try:
         tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name} was given {value!r}; expected a number or a tensor.") from None
     sizes = native.sizes(config)
     behind = zip(reversed(tensor.shape), reversed(sizes), strict=False)

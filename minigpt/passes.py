@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigpt.alone import check_a_run_alone
 from minigpt.engine import SQUARES, Job, Pass, Place, leaves_at, slab_tokens
 from minigpt.measures import WRITERS, Statistics
 from minigpt.parameters import block_of
@@ -57,7 +58,10 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
     places = run_passes(passes, gathered.add)
     for _ in progress(places, len(passes) * job.count) if progress else places:
         pass
-    return gathered.statistics()
+    found = gathered.statistics()
+    if job.runs and not job.known:
+        check_a_run_alone(job, lambda run: found.difference_sq[tuple(int(axis[run]) for axis in cells.at)])
+    return found
 
 
 class Gathered:

@@ -99,7 +99,7 @@ def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
     """The scale must take part in what the model computes: a block may declare one that its `forward` forgets."""
     name = parameter_name(model, result.layers[0], result.site)
     value = torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True)
-    with torch.enable_grad(), scaled(model, {name: value}):
+    with torch.inference_mode(mode=False), torch.enable_grad(), scaled(model, {name: value}):
         last = deque(model.depths(ids[:1]), maxlen=1).pop()
         (gradient,) = torch.autograd.grad(last.sum(), value, allow_unused=True)
     used = isinstance(gradient, Tensor)

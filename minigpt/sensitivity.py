@@ -93,7 +93,9 @@ def sensitivity(
     Raises ValueError for a site that does not exist, ids out of range, a model that is not clean, and when
     `max_bytes` is too little for a single scale.
     """
-    chosen = list(sites)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("PyTorch takes no derivatives in inference mode; use torch.no_grad() in its place.")
+    chosen = [sites] if isinstance(sites, str) else list(sites)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"The sites are {chosen}; expected different ones of {', '.join(sites_of(model))}, at least one."

@@ -95,6 +95,8 @@ class Sweep(Result):
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, whole or not at all."""
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; expected the name of a file in it, such as sweep.safetensors.")
         tensors = {name: getattr(self.statistics, name).contiguous() for name in _TENSORS}
         for prefix in _PREDICTIONS:
             kept = getattr(self.statistics, prefix)
@@ -209,6 +211,8 @@ def _value(
     if positions is None and index is None:
         return factor
     shape, at = [1] * len(native.shape), list[Any]([slice(None)] * len(native.shape))
+    if positions is not None and "position" not in native.shape:
+        raise ValueError(f"positions were given with the site {native.site!r}, whose values have none.")
     if positions is not None:
         axis = native.shape.index("position")
         shape[axis], at[axis] = length, list(positions)
@@ -239,6 +243,8 @@ def _entries(
 
 def _checked_factors(factors: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
     """The factors as numbers, or a ValueError for what is none, is there twice, or is 1 in the model's type."""
+    if not isinstance(factors, Iterable):
+        raise ValueError(f"The factors are {factors!r}; expected several, such as [{factors!r}].")
     numbers = tuple(map(float, factors))
     if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
         raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
@@ -250,6 +256,8 @@ def _checked_factors(factors: Sequence[float], dtype: torch.dtype) -> tuple[floa
 
 def _in_range(what: str, chosen: Iterable[int] | None, count: int) -> tuple[int, ...]:
     """The chosen indices, or all; ValueError when one is out of range or chosen twice."""
+    if chosen is not None and not isinstance(chosen, Iterable):
+        raise ValueError(f"The {what}s are {chosen!r}; expected several, such as [{chosen!r}].")
     indices = tuple(range(count)) if chosen is None else tuple(map(operator.index, chosen))
     if not indices or len(set(indices)) < len(indices) or not all(0 <= index < count for index in indices):
         raise ValueError(f"The {what}s are {indices}; expected different numbers from 0 to {count - 1}.")

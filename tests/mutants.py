@@ -37,10 +37,11 @@ HEAVY += ("transformers.models.gpt2.modeling_gpt2", "transformers.generation", "
 CORE = ("test_compare", "test_sensitivity", "test_blocks", "test_sweep", "test_measures")
 STUDY = ("test_study", "test_report", "test_experiments")
 QUICK = {
-    "minigpt/engine.py": ("test_compare", "test_sweep", "test_limits"),
-    "minigpt/passes.py": ("test_compare", "test_sweep", "test_limits"),
+    "minigpt/engine.py": ("test_alone", "test_compare", "test_sweep", "test_limits"),
+    "minigpt/passes.py": ("test_passes", "test_compare", "test_sweep", "test_limits"),
+    "minigpt/alone.py": ("test_alone",),
     "minigpt/measures.py": ("test_measures", "test_sweep"),
-    "minigpt/predictions.py": ("test_predictions", "test_measures"),
+    "minigpt/predictions.py": ("test_predictions", "test_passes", "test_measures"),
     "minigpt/sensitivity.py": ("test_sensitivity",),
     "minigpt/sweep.py": ("test_sweep",),
     "minigpt/compare.py": ("test_compare",),
@@ -56,8 +57,9 @@ QUICK = {
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
 OTHERS = {
-    "minigpt/engine.py": ("test_blocks", "test_sensitivity", "test_predictions", "test_measures"),
-    "minigpt/passes.py": ("test_blocks", "test_sensitivity", "test_predictions", "test_measures"),
+    "minigpt/engine.py": ("test_blocks", "test_passes", "test_sensitivity", "test_predictions", "test_measures"),
+    "minigpt/passes.py": ("test_blocks", "test_alone", "test_sensitivity", "test_predictions", "test_measures"),
+    "minigpt/alone.py": ("test_blocks", "test_compare"),
     "minigpt/measures.py": ("test_predictions", "test_compare", "test_sensitivity"),
     "minigpt/predictions.py": ("test_compare", "test_sweep", "test_blocks"),
     "minigpt/sensitivity.py": ("test_blocks",),
@@ -295,6 +297,34 @@ EQUIVALENT = (
         "return texts, torch.full((len(texts),) if texts.ndim else (0,), full)",
         "( 1,)",
         _REFUSED,
+    ),
+    Equivalent(
+        "minigpt/engine.py",
+        f"{_COMPARE}Eq_LtE",
+        'return CPU_SLAB if device.type == "cpu" else GPU_SLAB',
+        '<= "cpu"',
+        "No other kind of device comes before cpu in the alphabet.",
+    ),
+    Equivalent(
+        "minigpt/passes.py",
+        "ReplaceBinaryOperator_Sub_BitOr",
+        "MALLOC_KEEPS = 2**25 - 2**16",
+        "|",
+        "It makes the C library keep memory, which moves no number.",
+    ),
+    Equivalent(
+        "minigpt/passes.py",
+        "ReplaceBinaryOperator_Add_LShift",
+        "width, streams = model.config.n_embd, 1 + job.tangents",
+        "1 << job",
+        "1 + False is 1 << False, and 1 + True is 1 << True.",
+    ),
+    Equivalent(
+        "minigpt/sensitivity.py",
+        "ReplaceBinaryOperator_FloorDiv_Add",
+        "at_once = max(1, CHUNK // (rows * model.config.vocab_size))",
+        "CHUNK +",
+        "How many positions go together; all are computed one by one.",
     ),
     Equivalent(
         "minigpt/sweep.py", f"{_COMPARE}Lt_NotEq", _TWICE, "!=", "A set has no more members than what it was made of."

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt import GPT2, Block, GPT2Config, compare, generate, scaled, sensitivity, sweep
-from minigpt.measures import MEASURES, Measure
+from minigpt import GPT2, Block, GPT2Config, compare, generate, passes, scaled, sensitivity, sweep
+from minigpt.engine import Clean
+from minigpt.measures import MEASURES, Measure, squared_norms
 from minigpt.model import SITES, Attention
 from minigpt.parameters import parameter_name
 from minigpt.selfcheck import self_check
@@ -235,7 +236,8 @@ def test_a_block_with_dropout_is_refused_in_training_mode(small: Callable[..., G
     assert not self_check(model.eval(), sweep(model, TEXTS, (1,), (0.5,))).broken
 
 
-def test_sublayers_that_read_only_clean_rows_are_not_run_again() -> None:
+def test_sublayers_that_read_only_clean_rows_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "check_a_run_alone", lambda *_: None)
     rows = {"attention": 0, "mlp": 0}
 
     class Counted(Block):
@@ -336,3 +338,37 @@ def test_writes_that_do_not_add_up_to_the_blocks_own_are_not_reported(dtype: tor
     assert result.measure("written", "rest")[0, 0, 3:-1].isfinite().all()
     for name in ("attention_written", "mlp_written", "attention_alignment"):
         assert result.measure(measure_named(name), "rest")[0, 0, 3:].isnan().all()
+
+
+@pytest.mark.parametrize(("roundings", "add_up"), [(0.0, True), (3.0, True), (5.0, False)])
+def test_sublayers_add_up_within_four_roundings(roundings: float, add_up: bool) -> None:
+    drawn = torch.randn(4, 1, 2, 3, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, attention, mlp, away = drawn
+    size = sum(squared_norms(of) for of in (x, x + attention + mlp, attention, mlp)).sqrt()[..., None]
+    off = roundings * torch.finfo(torch.float64).eps * size * away / away.norm(dim=-1, keepdim=True)
+    found = Clean.of(x, x + attention + mlp + off, {"attention": attention, "mlp": mlp})
+    assert (found.writes.keys() == {"attention", "mlp"}) == add_up
+
+
+def test_nothing_adds_up_to_nothing() -> None:
+    nothing = torch.zeros(1, 2, 3, 36)
+    assert Clean.of(nothing, nothing, {"attention": nothing}).writes.keys() == {"attention"}
+
+
+class Twice(Block):
+    """Attends to every row two times over, and takes the first half: more rows than the slab has."""
+
+    def forward(self, x: Tensor, cache: object = None) -> Tensor:
+        read = self.attention_norm(x)
+        attended = self.attention(torch.cat([read, read]))[: len(x)]
+        u = x + self.attention_scale * attended
+        return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)))
+
+
+def test_a_sublayer_that_reads_more_rows_than_there_are_is_computed_rightly() -> None:
+    model = small_of(Twice)
+    runs: list[dict[str, float | Tensor]] = [{"blocks.1.mlp_scale": 0.5}, {"blocks.1.output_scale": 2.0}]
+    found = compare(model, TEXTS[:1], runs).statistics.difference_sq
+    for number, run in enumerate(runs):
+        clean, changed = alone(model, TEXTS[0], run)
+        torch.testing.assert_close(found[number, :-1, 0], (changed - clean)[:-1].square().sum(-1), **SAME)

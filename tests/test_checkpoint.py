@@ -531,6 +531,29 @@ def test_parameters_of_ones_own_are_saved_and_what_is_kept_beside_them_is_made_a
     assert torch.equal(loaded(ids), model(ids))
 
 
+class Drawn(Block):
+    """A random table that no checkpoint holds."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.register_buffer("table", torch.randn(config.n_embd), persistent=False)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        return super().forward(x, cache) + self.table
+
+
+def test_a_table_that_would_come_out_otherwise_is_not_left_behind(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"No checkpoint holds blocks\.0\.table, .*, and a new Drawn makes it otherwise"
+    ):
+        small(block=Drawn).save_pretrained(tmp_path)
+    model = small(block=Gated)
+    model.blocks[2].offset += 1  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"No checkpoint holds blocks\.2\.offset, and a new Gated"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["blocks.1.gate_shift", "blocks.1.mlp_scale", "blocks.0.attention.head_scale"])
 def test_no_native_parameter_is_ever_dropped(small: Callable[..., GPT2], tmp_path: Path, name: str) -> None:
     model = small(block=Gated)

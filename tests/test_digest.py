@@ -135,6 +135,19 @@ def test_the_file_of_a_block_from_elsewhere_counts(
     assert code_digest(STUDY, model) != before
 
 
+@pytest.mark.parametrize("kept", ["buffer", "tensor", "list", "dict"])
+def test_what_a_module_keeps_beside_its_weights_counts(model: GPT2, kept: str) -> None:
+    """A table of angles, say: no checkpoint holds it, and it decides the numbers."""
+    block, found = model.blocks[1], list[str]()
+    for value in (1.0, 1.0, 2.0):
+        if kept == "buffer":
+            block.register_buffer("table", torch.full((3,), value), persistent=False)
+        else:
+            block.table = {"tensor": torch.full((3,), value), "list": [[value]], "dict": {"angle": value}}[kept]
+        found.append(code_digest(STUDY, model))
+    assert found[0] == found[1] != found[2]
+
+
 def test_weights_do_not_count(model: GPT2) -> None:
     before = code_digest(STUDY, model)
     with torch.no_grad():

@@ -456,6 +456,23 @@ def test_memory_that_is_too_little_is_a_sentence(run: Run, tmp_path: Path, name:
     assert "max_bytes is 1000" in err
 
 
+class Ranked(Least):
+    """Names its columns after what it finds in the texts at hand."""
+
+    def measure(self, model: GPT2, raw: Comparison) -> Tables:
+        return {"found": by_text(torch.zeros(len(raw.lengths), 2), token=[*map(int, raw.ids[0, :2])])}
+
+
+def test_labels_that_depend_on_the_texts_are_refused_over_a_corpus(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A mean over windows would mix numbers of different things."""
+    monkeypatch.setattr(writing, "_draw", lambda *_: None)
+    arguments = ("--model", TINY, "--texts", texts, "--no-parity", "--output", tmp_path / "out")
+    code, _, err = run_main(command(Ranked), monkeypatch, capfd, *arguments)
+    assert (code, "labels of the tables differ between windows" in err) == (2, True)
+
+
 # Sites and indices as the model declares them.
 
 

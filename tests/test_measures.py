@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt import GPT2, scaled, sweep
+from minigpt import GPT2, compare, scaled, sweep
 from minigpt.measures import (
     MEASURES,
     OF_PREDICTIONS,
@@ -325,3 +325,11 @@ def test_every_measure_has_the_same_axes(model: GPT2, ids: torch.Tensor) -> None
     statistics = sweep(model, ids, (0, 2, 3), (0.5, 1.0), predictions=True).statistics
     for name in MEASURES:
         assert statistics.measure(name, "rest").shape == (3, 2, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "sets"), [([[1, 2], [3]], {"all", "first"}), ([[1, 2], [3, 4]], {"all", "first", "rest"})]
+)
+def test_rows_leave_a_set_out_that_a_text_has_not(model: GPT2, texts: list[list[int]], sets: set[str]) -> None:
+    rows = compare(model, texts, [{"blocks.0.output_scale": 0.5}]).rows()
+    assert {row["positions"] for row in rows} == sets

@@ -855,6 +855,16 @@ def test_numbers_that_are_not_finite_are_no_reference(small: Callable[..., GPT2]
     assert not (tmp_path / parity.REFERENCE).exists()
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_the_fingerprint_sees_what_is_kept_beside_the_weights(small: Callable[..., GPT2], persistent: bool) -> None:
+    found = list[str]()
+    for value in (1.0, 1.0, 2.0):
+        model = small()
+        model.blocks[1].register_buffer("table", torch.full((3,), value), persistent=persistent)
+        found.append(parity.fingerprint(model))
+    assert found[0] == found[1] != found[2]
+
+
 def test_the_fingerprint_sees_the_block(small: Callable[..., GPT2]) -> None:
     plain, parallel = small(), small(block=Parallel)
     assert parity.digest(plain) == parity.digest(parallel)

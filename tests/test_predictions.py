@@ -79,6 +79,19 @@ def test_chunks_give_what_one_chunk_gives(
         torch.testing.assert_close(parts.tensors()[name], tensor, rtol=1e-9, atol=1e-9)
 
 
+def test_nothing_is_kept_of_the_padding(model: GPT2, ids: torch.Tensor) -> None:
+    lengths = torch.tensor([10, 3])
+    streams = torch.stack([model.last_depth(ids), 2 * model.last_depth(ids)]).detach()
+    found = predict(model.unembed, model.final_norm, streams, ids, lengths)
+    for name in ("kl", "loss", "entropy", "correlation", "clean_logit", "likeliest", "rank"):
+        numbers = getattr(found, name)
+        assert not numbers[:, 1, 3:].any(), name
+        assert numbers[1, 0, :9].any(), name
+    for name in ("loss", "rank"):
+        assert not getattr(found, name)[:, [0, 1], [9, 2]].any()
+        assert getattr(found, name)[:, [0, 1], [8, 1]].all()
+
+
 def test_logits_are_never_held_all_at_once(model: GPT2, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     largest, unembed = 0, model.unembed.forward
 

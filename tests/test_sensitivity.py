@@ -89,3 +89,11 @@ def test_sites_that_leave_nothing_to_do_are_refused(model: GPT2, sites: list[str
 def test_a_model_that_is_not_clean_is_refused(model: GPT2) -> None:
     with scaled(model, {"blocks.0.mlp_scale": 0.5}), pytest.raises(ValueError, match="back to 1"):
         sensitivity(model, TEXTS)
+
+
+def test_a_site_with_an_index_has_a_column_of_its_own(model: GPT2) -> None:
+    (labels,) = sensitivity(model, [[1, 2, 3]], ("mlp", "head")).axes
+    assert labels[:4] == [
+        {"layer": 0, "site": "mlp", "head": ""},
+        *({"layer": 0, "site": "head", "head": head} for head in range(3)),
+    ]

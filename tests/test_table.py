@@ -43,6 +43,19 @@ def test_labels_that_do_not_fit_the_numbers_are_refused() -> None:
         Table({"layer": range(3), "depth": range(2)}, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("name", ["value", "error", "windows", "low", "q3"])
+def test_an_axis_may_not_be_called_as_a_column_of_numbers_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"An axis is called '{name}', as a column of numbers is"):
+        Table({name: [1, 2]}, torch.zeros(2))
+
+
+def test_a_prompts_table_has_one_text() -> None:
+    one = by_text(torch.tensor([[3.0, 4.0]]), depth=[0, 1])
+    assert of_text({"norms": one})["norms"].value.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="'norms' has 3 texts, and one was run"):
+        of_text({"norms": by_text(torch.zeros(3))})
+
+
 def test_rows_are_tidy_finite_and_in_the_order_of_the_axes(table: Table) -> None:
     table.value[0, 0, 1] = torch.nan
     rows = list(table.rows(model="tiny"))
@@ -66,7 +79,6 @@ def test_an_axis_can_be_renamed_and_split(table: Table) -> None:
 
 def test_the_spread_goes_wherever_the_value_goes() -> None:
     tables = {"kl": by_text(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), layer=[0, 1])}
-    assert of_text(tables)["kl"].value.tolist() == [1, 2]
     combined = {"kl": {"mean": torch.tensor([2.0, 3.5]), "low": torch.tensor([1.0, 2.0]), "high": torch.tensor([3, 5])}}
     table = of_windows(tables, combined, 2)["kl"].at(layer=1)
     assert (float(table.low), float(table.value), float(table.high)) == (2, 3.5, 5)

@@ -50,6 +50,8 @@ of columns reads all shards again."""
 STATISTICS = ("mean", "sd", "median", "q1", "q3", "low", "high")
 """Over windows: mean, standard deviation, median, quartiles, and the bootstrap interval (95 %) of the mean."""
 
+NOT_READ = (".json", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".pdf", ".html", ".docx")
+"""Ends of files that hold no text a line."""
 Windows = Sequence[Sequence[int]]
 Measure = Callable[[Windows], dict[str, Tensor]]
 """Token ids of some windows -> tensors whose first axis is the window."""
@@ -130,6 +132,8 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() in NOT_READ:
+                raise ValueError(f"--texts {path} ends in {path.suffix}; expected .txt (text by line), .jsonl or .csv.")
             if path.suffix.lower() in (".jsonl", ".ndjson"):
                 yield from _of_json_lines(file, path, column)
             elif path.suffix.lower() == ".csv":
@@ -161,6 +165,8 @@ def _of_csv(lines: Iterable[str], path: Path, column: str) -> Iterator[str]:
         if column not in (reader.fieldnames or []):
             names = ", ".join(map(repr, reader.fieldnames or []))
             raise ValueError(f"--texts {path} has no column {column!r}, but {names}; name it with --text-column.")
+        if list(reader.fieldnames or []).count(column) > 1:
+            raise ValueError(f"--texts {path} has the column {column!r} twice; rename one.")
         yield from (row[column] or "" for row in reader)
     except csv.Error as error:
         raise ValueError(f"--texts {path}, line {reader.line_num} is not CSV: {error}.") from None

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import minigpt
+from minigpt.model import kept_beside
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 PACKAGES = (Path(minigpt.__file__).resolve().parent, EXPERIMENTS)
@@ -34,6 +35,8 @@ NOT_OURS = ("torch", "builtins", "abc", "typing")
 LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 PLAIN = (bool, int, float, complex, str, bytes, type(None), range, torch.dtype)
 """Values that their representation says whole, and that every process says alike."""
+DATA = (*PLAIN, list, tuple, dict, set, frozenset)
+"""Values that a module may have been given for itself; its tensors count too."""
 
 
 def code_digest(experiment: object, model: nn.Module) -> str:
@@ -46,8 +49,10 @@ def code_digest(experiment: object, model: nn.Module) -> str:
         digest.update("\n".join(_of(kind, seen)).encode())
     for number, module in enumerate(model.modules()):  # what one module alone was given
         for name, value in sorted(vars(module).items()):
-            if inspect.isroutine(value) or (name[0] != "_" and name != "training" and isinstance(value, PLAIN)):
+            if inspect.isroutine(value) or (name[0] != "_" and name != "training" and isinstance(value, DATA)):
                 digest.update("\n".join([f"{number} {name}", *_of(value, seen)]).encode())
+    for name, tensor in kept_beside(model).items():
+        digest.update("\n".join([name, *_of(tensor, seen)]).encode())
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from experiments.harness.digest import code_digest
 from experiments.harness.experiment import Checked, Experiment, Ids, Raw, Settings, Study
 from experiments.harness.output import WINDOWS, claimed
 from experiments.harness.ranks import Ranks
-from experiments.harness.table import Tables, of_text, of_windows
+from experiments.harness.table import Table, Tables, of_text, of_windows
 from minigpt import GPT2, Sweep, Tokenizer, parity
 from minigpt.model import block_name
 from minigpt.passes import free_bytes
@@ -63,7 +63,7 @@ def run_over_corpus(
     settings, texts, most = experiment.settings, experiment.settings.texts, model.config.n_positions
     if texts is None or texts.window > most:
         raise ValueError(f"--window is longer than the model's {most} positions; take a shorter one.")
-    code, first = code_digest(experiment, model), list[_Tried[Raw]]()
+    code, first, known = code_digest(experiment, model), list[_Tried[Raw]](), dict[str, Any]()
     shards = Shards(output / WINDOWS, _identity(experiment, model, code))
 
     def prepare() -> dict[str, Any]:
@@ -71,10 +71,14 @@ def run_over_corpus(
         certificate = certify(settings, model)
         windows = texts.first_windows(tokenizer, CHECKED_WINDOWS)
         first.append(_tried(experiment, model, windows, certificate, alone=False))
+        known["labels"] = {name: _labels(table) for name, table in first[0].tables.items()}
         return {"first_numbers": digest_of_numbers({}, {name: of.value for name, of in first[0].tables.items()})}
 
     def measure(windows: Ids) -> dict[str, Tensor]:
         tables = experiment.measure(model, experiment.run(model, windows, alone=False))
+        labels = {name: _labels(table) for name, table in tables.items()}
+        if labels != known.setdefault("labels", labels):
+            raise ValueError("The labels of the tables differ between windows, so that no mean over them can be taken.")
         return {name: table.value for name, table in tables.items()}
 
     measured = measure_corpus(
@@ -108,6 +112,11 @@ def _tried(
     checked = replace(experiment.check(model, raw), certificate=certificate)
     tables = experiment.measure(model, raw)
     return _Tried(raw, checked, tables, *_rounding(experiment, model, texts, tables))
+
+
+def _labels(table: Table) -> dict[str, list[Any]]:
+    """Of every axis but the texts'."""
+    return {axis: list(of) for axis, of in table.axes.items() if axis != "text"}
 
 
 def _with_errors(tables: Tables, errors: dict[str, Tensor]) -> Tables:

@@ -15,6 +15,8 @@ from torch import Tensor, fmax, full, meshgrid, stack, tensor
 from minigpt import Comparison, Sensitivity, Sweep
 from minigpt.measures import POSITION_SETS, Measure
 
+SPREAD = ("sd", "median", "q1", "q3", "low", "high")
+"""What is known of a mean over windows."""
 Row = dict[str, Any]
 """Names of columns and their values, one number among them."""
 
@@ -36,6 +38,8 @@ class Table:
     Not a number where it was not measured."""
 
     def __post_init__(self) -> None:
+        if taken := sorted({"value", "error", "windows", *SPREAD} & self.axes.keys()):
+            raise ValueError(f"An axis is called {taken[0]!r}, as a column of numbers is; give it another name.")
         shape = [len(labels) for labels in self.axes.values()]
         if list(self.value.shape) != shape:
             raise ValueError(f"The numbers have the shape {list(self.value.shape)}; the axes' labels have {shape}.")
@@ -155,7 +159,9 @@ def by_measure(result: Sweep | Comparison | Sensitivity, names: Sequence[Measure
 
 
 def of_text(tables: Mapping[str, Table]) -> Tables:
-    """The numbers of the first text."""
+    """The numbers of the only text. Raises ValueError for a table of several."""
+    if several := [name for name, table in tables.items() if len(table.axes["text"]) != 1]:
+        raise ValueError(f"{several[0]!r} has {len(tables[several[0]].axes['text'])} texts, and one was run.")
     return {name: table.at(text=0) for name, table in tables.items()}
 
 
