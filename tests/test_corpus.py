@@ -13,6 +13,7 @@ import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -541,6 +542,59 @@ def test_a_shard_that_says_something_else_is_named_and_measured_again(killed: Co
     said = check_measured_again(killed)
     assert said.startswith(f"Warning: {path} is not what this run wrote there (")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("windows", [[0, 14], [0, 16], [1, 15], [-1, 15]])
+def test_a_shard_of_other_windows_is_measured_again_whichever_they_are(killed: Corpus, windows: list[int]) -> None:
+    """Fewer, more, later or earlier ones: with a digest that is right."""
+    path = killed.output / "windows" / "0000000.safetensors"
+    with open_tensors(path) as file:
+        about = {**json.loads(file.metadata()["shard"]), "windows": windows}
+    about["digest"] = digest_of_numbers({name: of for name, of in about.items() if name != "digest"}, load_file(path))
+    save_file(load_file(path), path, {"shard": json.dumps(about)})
+    assert f"Warning: {path} is not what this run wrote there (it holds other windows)" in check_measured_again(killed)
+
+
+def test_a_shard_beyond_the_texts_is_not_looked_at(killed: Corpus) -> None:
+    shutil.copy(killed.output / "windows" / "0000000.safetensors", killed.output / "windows" / "0000007.safetensors")
+    code, said = killed.run()
+    assert (code, said) == (0, "")
+
+
+class Bar:
+    """What a progress bar is told."""
+
+    shown: ClassVar[list["Bar"]] = []
+
+    def __init__(self, *, total: int, initial: int, unit: str, leave: bool, disable: bool | None) -> None:
+        self.total, self.n, self.unit, self.disable, self.seen = total, initial, unit, disable, [initial]
+        self.shown.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, more: int) -> None:
+        self.n += more
+        self.seen.append(self.n)
+
+
+def test_the_bar_counts_windows_and_begins_with_those_that_are_there(
+    killed: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.harness.corpus.tqdm", Bar)
+    (killed.output / "windows" / "0000001.safetensors").unlink()
+    Bar.shown.clear()
+    assert killed.run()[0] == 0
+    (bar,) = Bar.shown
+    assert (bar.total, bar.unit, bar.seen) == (40, "window", [32, 40])
+    for number in (0, 1, 2):
+        (killed.output / "windows" / f"000000{number}.safetensors").unlink()
+    for name in ("summary.json", "tiny.csv"):
+        (killed.output / name).unlink()
+    assert killed.run()[0] == 0
+    assert Bar.shown[1].seen == [0, 16, 32, 40]
 
 
 def check_measured_again(run: Corpus) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from experiments.divergence import claims
 from experiments.divergence import study as divergence
-from experiments.divergence.rows import measured
+from experiments.divergence.rows import NORMS, measured
 from experiments.harness import writing
 from experiments.harness.experiment import PROMPT
 from experiments.harness.options import parse_indices, parse_numbers
@@ -512,7 +512,7 @@ def test_an_interval_that_holds_the_threshold_leaves_a_claim_undecided(
 
 def test_nothing_can_keep_growing_in_a_single_block(model: GPT2, ids: torch.Tensor) -> None:
     """One later block: `gauge_free` of an output scale starts from 0 at the site, so that it rises whatever happens."""
-    result = sweep(model, ids, (2,), (0.5,))
+    result = sweep(model, ids[:1], (2,), (0.5,))
     assert judged(result)[3] == "undecided"
     assert judged(result)[5] != "undecided"
 
@@ -530,7 +530,18 @@ def test_few_windows_decide_nothing_that_rests_on_an_interval() -> None:
 
 
 def test_factor_1_alone_decides_nothing(model: GPT2, ids: torch.Tensor) -> None:
-    assert set(judged(sweep(model, ids, (1,), (1.0,))).values()) == {"undecided"}
+    assert set(judged(sweep(model, ids[:1], (1,), (1.0,))).values()) == {"undecided"}
+
+
+@pytest.mark.parametrize("n_layer", [4, 5])
+def test_the_first_token_is_followed_from_the_site_to_the_last_depth(
+    small: Callable[..., GPT2], ids: torch.Tensor, n_layer: int
+) -> None:
+    result = sweep(small(n_layer=n_layer), ids[:1], (1,), (0.5,))
+    verdicts = claims.judge(tables_of(result), "output", None, [0.0], "one prompt")
+    (found,) = verdicts[3].figures["all_over_rest_by_depth_from_site"]
+    ratio = result.measure("frobenius", "all") / result.measure("frobenius", "rest")
+    assert found == pytest.approx(ratio[0, 0, 2 : n_layer + 1, 0].tolist())
 
 
 def test_evidence_is_made_of_the_measures(model: GPT2, ids: torch.Tensor) -> None:
@@ -559,3 +570,15 @@ def test_scaling_position_0_alone_is_told_from_scaling_the_others(finished: Path
             alone.measure("frobenius", "all")[0, :, 12, 0].tolist()
         )
         assert figures[f"{who}_alone_kl"] == pytest.approx(alone.measure("kl", "all")[0, :, -1, 0].tolist())
+
+
+def test_norms_of_the_clean_stream_are_of_position_0_and_of_each_texts_others(model: GPT2) -> None:
+    texts = [[1, 2, 3, 4], [5, 6]]
+    norms = measured(sweep(model, texts, (1,), (0.5,)))["norms"]
+    for number, text in enumerate(texts):
+        with torch.no_grad():
+            expected = model.residuals(torch.tensor([text]))[:, 0].norm(dim=-1)
+        found = {of: norms.at(text=number, of=of, depth=[*range(5)]).value for of in NORMS}
+        torch.testing.assert_close(found["of position 0"], expected[:, 0])
+        torch.testing.assert_close(found["mean of the others"], expected[:, 1:].mean(1))
+        torch.testing.assert_close(found["of the others together"], expected[:, 1:].norm(dim=1))

@@ -29,6 +29,7 @@ def test_a_label_takes_its_axis_away_and_a_list_keeps_it_in_its_order(table: Tab
     assert part.axes == {"metric": ["kl", "loss"], "depth": [2, 0]}
     assert part.value.tolist() == [[52, 50], [152, 150]]
     assert table.at(layer=[]).value.shape == (2, 0, 4)
+    assert table.at(**{"".join(["la", "yer"]): 5}).value.shape == (2, 4), "whichever string it is"
 
 
 def test_a_label_that_is_not_there_is_a_sentence(table: Table) -> None:

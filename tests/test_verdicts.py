@@ -615,4 +615,4 @@ def test_every_operation_takes_the_spread_along_and_mixes_up_no_end() -> None:
     assert list(row.items()) == list(zip(names, ("m", 5, "final", 11.0, 10.9, 11.2, 30), strict=True))
     alone = Table({}, torch.tensor(3.0))
     assert alone.low is alone.value is alone.high
-    assert of_text({"a": by_text(value, of=range(4))})["a"].value.tolist() == [0, 1, 2, 3]
+    assert of_text({"a": by_text(value[:1], of=range(4))})["a"].value.tolist() == [0, 1, 2, 3]

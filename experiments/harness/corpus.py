@@ -438,8 +438,9 @@ def measure_corpus(
     ranks: Ranks,
     prepare: Callable[[], dict[str, Any]],
     measure: Measure,
-    overwrite: bool = False,
-    quiet: bool = False,
+    *,
+    overwrite: bool,
+    quiet: bool,
 ) -> tuple[Shards, Survey] | None:
     """Measure every window that has not been measured yet, shared among the ranks.
 
