@@ -1,7 +1,7 @@
 """Mutation testing of all that computes: does a test notice every small change of the code?
 
     make mutants
-    python -m tests.mutants [--files minigpt/sweep.py experiments/harness/table.py] [--limit 200]
+    python -m tests.mutants [--files minigpt/sweep.py experiments/harness/table.py] [--limit 200 --seed 1]
 
 needs Linux and hours for all. The mutants are
 those of cosmic-ray's operators. Left out are those that do not compile, and those that only type checkers can see.
@@ -125,13 +125,13 @@ def specifications_of(file: str) -> list[Any]:
         return [mutation for item in session.work_items for mutation in item.mutations]
 
 
-def mutants_of(file: str, specifications: Sequence[Any], most: int) -> list[Mutant]:
-    """Some of a file's mutants that differ for Python, at random, but the same ones every time: at most so many."""
+def mutants_of(file: str, specifications: Sequence[Any], most: int, seed: int) -> list[Mutant]:
+    """Some of a file's mutants that differ for Python, at random, but the same ones of a seed: at most so many."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
     source, found = (ROOT / file).read_text(), list[Mutant]()
-    for made in random.Random(0).sample(list(specifications), len(specifications)):
+    for made in random.Random(seed).sample(list(specifications), len(specifications)):
         if len(found) == most:
             break
         changed = mutate_code(source, get_operator(made.operator_name)(**made.operator_args), made.occurrence)
@@ -373,7 +373,7 @@ def main() -> int:
     arguments = options()
     known = {file: specifications_of(file) for file in arguments.files}
     share = min(1.0, (arguments.limit or math.inf) / sum(map(len, known.values())))
-    made = {file: mutants_of(file, of, math.ceil(share * len(of))) for file, of in known.items()}
+    made = {file: mutants_of(file, of, math.ceil(share * len(of)), arguments.seed) for file, of in known.items()}
     mutants = [mutant for found in made.values() for mutant in found]
     with copy_of_the_repository() as tree:
         limits = prepare(tree, arguments.files)
@@ -394,6 +394,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--files", nargs="+", choices=QUICK, default=list(QUICK), help="the files to mutate")
     parser.add_argument("--limit", type=int, help="run a sample of so many, every file's in proportion")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample: another one has other mutants")
     return parser.parse_args()
 
 
