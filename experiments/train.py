@@ -1,6 +1,9 @@
 """`python -m experiments.train`: the training, see `experiments/tools/train.py`."""
 
-import runpy
+import typer
+
+from experiments.tools.train import main
+from minigpt import cli
 
 if __name__ == "__main__":
-    runpy.run_module("experiments.tools.train", run_name="__main__")
+    cli.run(lambda: typer.run(main))

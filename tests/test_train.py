@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,28 @@ def test_every_window_begins_with_the_end_of_a_text() -> None:
     drawn, _ = train.batch_of(3, part, train.Schedule(batch=5, window=4), 99)
     assert drawn.shape == (5, 4)
     assert set(drawn[:, 0].tolist()) == {99}
+
+
+@pytest.mark.parametrize("length", [16, 512])
+def test_a_stretch_comes_again_later_in_a_share_of_the_windows(length: int) -> None:
+    generator = np.random.default_rng(0)
+    orders = [train._order(length, generator, 0.25).tolist() for _ in range(400)]
+    plain, repeated = [*range(length)], [order for order in orders if order != [*range(length)]]
+    assert 70 < len(repeated) < 130
+    counts = set[int]()
+    for order in repeated:
+        assert len(order) == length
+        again = next(at for at in range(1, length) if order[at] != order[at - 1] + 1)
+        begin = order[again]
+        count = next((n for n in range(1, length - again) if order[again + n] != begin + n), length - again)
+        while begin + count > again:  # the tokens after the copy go on where it was put in
+            count -= 1
+        assert order == [*plain[:again], *plain[begin : begin + count], *plain[again : length - count]]
+        counts.add(count)
+    assert length // 8 <= min(counts)
+    assert max(counts) <= length // 2
+    assert len(counts) > length // 8
+    assert [train._order(length, generator, 0.0).tolist() for _ in range(20)] == [plain] * 20
 
 
 def test_the_rate_rises_and_falls_to_zero() -> None:

@@ -54,13 +54,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Schedule:
     """How long and how fast to learn; the defaults made weights/tiny."""
 
-    tokens: int = 60_000_000
+    tokens: int = 45_000_000
     batch: int = 8  # windows
     window: int = 512  # tokens, <|endoftext|> among them
     learning_rate: float = 2e-3
     warmup_steps: int = 300
     weight_decay: float = 0.1  # on matrices that read from the stream
     dropout: float = 0.1  # of what attention and MLP write
+    repeat: float = 0.125  # share of windows in which a stretch comes a second time
     gradient_clip: float = 1.0
     seed: int = 0
 
@@ -148,9 +149,12 @@ def _part(runs: list[list[int]], window: int, step: int) -> Part:
     return Part(torch.tensor([token for run in runs for token in run]), torch.cat(starts) if starts else torch.empty(0))
 
 
-def windows(part: Part, starts: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
-    """Inputs, with <|endoftext|> in front, and next-token targets, each [len(starts), length]."""
-    targets = part.ids[starts[:, None] + torch.arange(length)]
+def windows(part: Part, starts: Tensor, length: int, end: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Inputs, with <|endoftext|> in front, and next-token targets, each [len(starts), length].
+
+    `order` says which of a window's tokens stand where: [len(starts), length].
+    """
+    targets = part.ids[starts[:, None] + (torch.arange(length) if order is None else order)]
     return torch.cat([torch.full((len(starts), 1), end), targets[:, :-1]], 1), targets
 
 
@@ -158,7 +162,23 @@ def batch_of(step: int, part: Part, schedule: Schedule, end: int) -> tuple[Tenso
     """The windows of one step: drawn from (seed, step) alone, so that a resumed run sees the same."""
     generator = np.random.default_rng([schedule.seed, step])
     chosen = torch.from_numpy(generator.integers(0, len(part.starts), schedule.batch))
-    return windows(part, part.starts[chosen], schedule.window, end)
+    order = [_order(schedule.window, generator, schedule.repeat) for _ in chosen]
+    return windows(part, part.starts[chosen], schedule.window, end, torch.stack(order))
+
+
+def _order(length: int, generator: np.random.Generator, repeat: float) -> Tensor:
+    """The order of a window's tokens: as they are, or in a share of the windows with a stretch once more, later on.
+
+    A stretch has an eighth to a half of the window's tokens; what no longer fits is left out. Novels repeat little,
+    and a model that never sees a passage again does not learn to copy.
+    """
+    if generator.random() >= repeat:
+        return torch.arange(length)
+    count = int(generator.integers(length // 8, length // 2 + 1))
+    begin = int(generator.integers(0, length - 2 * count + 1))
+    again = int(generator.integers(begin + count, length - count + 1))
+    parts = (torch.arange(again), torch.arange(begin, begin + count), torch.arange(again, length - count))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -410,6 +430,7 @@ def main(
     warmup_steps: int = Schedule.warmup_steps,
     weight_decay: Annotated[float, typer.Option(help="of matrices that read from the stream")] = Schedule.weight_decay,
     dropout: Annotated[float, typer.Option(help="share of what attention and MLP write")] = Schedule.dropout,
+    repeat: Annotated[float, typer.Option(help="share of windows in which a stretch comes again")] = Schedule.repeat,
     n_layer: int = 12,
     n_embd: int = 192,
     n_head: int = 3,
@@ -422,7 +443,15 @@ def main(
 ) -> None:
     """Train a tokenizer and a GPT-2, or a model of another block, on a folder of text."""
     schedule = Schedule(
-        tokens, batch, n_positions, learning_rate, warmup_steps, weight_decay, dropout, Schedule.gradient_clip, seed
+        tokens,
+        batch,
+        n_positions,
+        learning_rate,
+        warmup_steps,
+        weight_decay,
+        dropout,
+        repeat,
+        seed=seed,
     )
     texts = read_corpus(corpus)
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -451,7 +480,3 @@ def main(
     with alone_in(output):
         progress = train(model, learned, held_out, schedule, output, settings)
         export(model, tokenizer, held_out, progress, n_positions, output)
-
-
-if __name__ == "__main__":
-    cli.run(lambda: typer.run(main))
