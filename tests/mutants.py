@@ -44,7 +44,7 @@ QUICK = {
     "minigpt/predictions.py": ("test_predictions", "test_passes", "test_measures"),
     "minigpt/sensitivity.py": ("test_sensitivity",),
     "minigpt/sweep.py": ("test_sweep",),
-    "minigpt/compare.py": ("test_compare",),
+    "minigpt/compare.py": ("test_compare", "test_alone"),
     "minigpt/parameters.py": ("test_parameters", "test_compare"),
     "minigpt/model.py": ("test_model", "test_parameters"),
     "minigpt/checkpoint.py": ("test_checkpoint",),
@@ -54,6 +54,10 @@ QUICK = {
     "experiments/harness/corpus.py": ("test_corpus",),
     "experiments/divergence/claims.py": ("test_verdicts", "test_study"),
     "experiments/divergence/rows.py": ("test_study",),
+    "experiments/token_loss/study.py": ("test_verdicts", "test_experiments"),
+    "experiments/skip_layer.py": ("test_experiments",),
+    "experiments/behaviour.py": ("test_behaviour",),
+    "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
 OTHERS = {
@@ -63,9 +67,9 @@ OTHERS = {
     "minigpt/measures.py": ("test_predictions", "test_compare", "test_sensitivity"),
     "minigpt/predictions.py": ("test_compare", "test_sweep", "test_blocks"),
     "minigpt/sensitivity.py": ("test_blocks",),
-    "minigpt/sweep.py": ("test_predictions", *CORE),
+    "minigpt/sweep.py": ("test_alone", "test_predictions", *CORE),
     "minigpt/compare.py": ("test_blocks",),
-    "minigpt/parameters.py": ("test_model", "test_generate", "test_checkpoint", *CORE),
+    "minigpt/parameters.py": ("test_alone", "test_model", "test_generate", "test_checkpoint", *CORE),
     "minigpt/model.py": ("test_alone", "test_cli", "test_predictions", "test_checkpoint", "test_generate", *CORE),
     "minigpt/checkpoint.py": ("test_hub", "test_parity"),
     "minigpt/selfcheck.py": ("test_doctor",),
@@ -74,6 +78,10 @@ OTHERS = {
     "experiments/harness/corpus.py": ("test_experiments",),
     "experiments/divergence/claims.py": ("test_report",),
     "experiments/divergence/rows.py": ("test_charts", "test_report"),
+    "experiments/token_loss/study.py": ("test_charts",),
+    "experiments/skip_layer.py": ("test_charts",),
+    "experiments/behaviour.py": ("test_train",),
+    "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""
 SLOW = ("measured_peak", "runs_out_of_memory_is_halved_and_says_so", "full_shape", "published_figures")
@@ -304,6 +312,27 @@ EQUIVALENT = (
         'return CPU_SLAB if device.type == "cpu" else GPU_SLAB',
         '<= "cpu"',
         "No other kind of device comes before cpu in the alphabet.",
+    ),
+    Equivalent(
+        "minigpt/engine.py",
+        f"{_COMPARE}Gt_LtE",
+        "if any(weight.ndim > 1 for weight in module.parameters())  # the others do no product",
+        "<= 1",
+        "Norm layers are shared then, and layers without a bias are not: to the same numbers.",
+    ),
+    Equivalent(
+        "minigpt/predictions.py",
+        "ReplaceBinaryOperator_Pow_BitAnd",
+        "CHUNK = 2**23",
+        "2&23",
+        "How many logits are held at once; a test counts them under another value.",
+    ),
+    Equivalent(
+        "minigpt/predictions.py",
+        f"{_COMPARE}Lt_LtE",
+        "if moved < FIT_TOLERANCE:",
+        "<=",
+        "A step of exactly the tolerance is none that Newton's method takes.",
     ),
     Equivalent(
         "minigpt/passes.py",

@@ -149,6 +149,15 @@ def test_no_other_temperature_is_nearer(seed: int) -> None:
     assert all(distance(best * other) >= distance(best) for other in (0.99, 1.01, 0.5, 2.0))
 
 
+@pytest.mark.parametrize("added", [-200.0, 200.0])
+def test_a_constant_added_to_all_logits_changes_no_fit(added: float) -> None:
+    clean, changed = 3 * torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = fit_temperature(same, clean, *numbers_of(changed[None], clean))
+    found = fit_temperature(same, clean + added, *numbers_of(changed[None], clean + added))
+    for name in ("temperature", "kl", "kl_left"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
 def test_a_distribution_that_is_no_temperature_of_the_clean_one_leaves_kl() -> None:
     clean = torch.tensor([[4.0, 2.0, 0.0]], dtype=torch.float64)
     fitted = fit_temperature(same, clean, *numbers_of(clean.flip(-1)[None], clean))

@@ -1,6 +1,7 @@
 """Derivatives through the scales, beside central differences of whole sweeps."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -97,3 +98,12 @@ def test_a_site_with_an_index_has_a_column_of_its_own(model: GPT2) -> None:
         {"layer": 0, "site": "mlp", "head": ""},
         *({"layer": 0, "site": "head", "head": head} for head in range(3)),
     ]
+
+
+def test_positions_in_chunks_give_what_all_at_once_give(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    whole = sensitivity(model, texts, ("mlp",))
+    monkeypatch.setattr(sys.modules["minigpt.sensitivity"], "CHUNK", 1000)  # the package names the function so
+    parts = sensitivity(model, texts, ("mlp",))
+    for name in ("kl", "loss_change", "correlation"):
+        torch.testing.assert_close(parts.measure(name, "rest"), whole.measure(name, "rest"), equal_nan=True)
