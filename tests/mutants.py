@@ -364,6 +364,27 @@ EQUIVALENT = (
     ),
     Equivalent(
         "experiments/harness/corpus.py",
+        "ReplaceBinaryOperator_Pow_Mul",
+        "MOST_NUMBERS = 2**20",
+        "2*20",
+        "How many numbers are combined at a time: memory, and no number.",
+    ),
+    Equivalent(
+        "experiments/harness/corpus.py",
+        "ReplaceBinaryOperator_Mul_Sub",
+        "step = max(FEWEST_COLUMNS, MOST_NUMBERS // (len(survey.shards) * SHARD_WINDOWS))",
+        "- SHARD_WINDOWS",
+        "How many columns are combined at a time: memory, and no number.",
+    ),
+    Equivalent(
+        "minigpt/checkpoint.py",
+        _NUMBER,
+        'text = json.dumps({**config.to_dict(layout.block if layout.own else None), "dtype": dtype}, indent=2) + "\\n"',
+        "indent= 1",
+        "How a file is indented.",
+    ),
+    Equivalent(
+        "experiments/harness/corpus.py",
         "ReplaceTrueWithFalse",
         "for statistic, values in zip(STATISTICS, whole, strict=True)",
         "strict=False",

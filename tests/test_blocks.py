@@ -372,3 +372,25 @@ def test_a_sublayer_that_reads_more_rows_than_there_are_is_computed_rightly() ->
     for number, run in enumerate(runs):
         clean, changed = alone(model, TEXTS[0], run)
         torch.testing.assert_close(found[number, :-1, 0], (changed - clean)[:-1].square().sum(-1), **SAME)
+
+
+class Placed(Attention):
+    """Asks for the position of what it reads."""
+
+    def heads(self, x: Tensor, start: int = 0) -> list[Tensor]:
+        STARTS.append(start)
+        return super().heads(x, start)
+
+
+STARTS = list[int]()
+
+
+def test_positions_are_counted_from_0_and_go_on_behind_a_cache() -> None:
+    model = small_of(type("Own", (Block,), {"attention_class": Placed}))
+    STARTS.clear()
+    model(torch.tensor(TEXTS[:1]))
+    assert STARTS == [0] * 4
+    STARTS.clear()
+    list(generate(model, [1, 2, 3], 3))
+    assert STARTS == [0] * 4 + [3] * 4 + [4] * 4
+    assert Attention.heads.__defaults__ == (0,), "for those who call it without"

@@ -434,6 +434,9 @@ def test_a_block_of_the_same_name_in_another_module_is_taken_and_said_once(
     (said,) = caplog.messages
     assert f"{tmp_path} was saved with the block tests.blocks:Parallel, and elsewhere:Parallel has its name" in said
     assert "`minigpt verify` tells" in said
+    monkeypatch.setattr(Parallel, "__module__", "zoo")
+    GPT2.from_pretrained(tmp_path, block=Parallel)
+    assert "and zoo:Parallel has its name" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(
@@ -533,6 +536,15 @@ def test_parameters_of_ones_own_are_saved_and_what_is_kept_beside_them_is_made_a
     assert_same(loaded, model)
     assert loaded.blocks[1].get_buffer("table").dtype == dtype
     assert torch.equal(loaded(ids), model(ids))
+
+
+@pytest.mark.parametrize("absent", [0, 1, 7, 22, 53])
+def test_what_is_missing_is_counted_as_it_is_listed(small: Callable[..., GPT2], absent: int) -> None:
+    model = small()
+    layout = GPT2._layout(model.config, Block, own=False)
+    names = [theirs for theirs in layout if theirs not in layout.optional]
+    found = set(names[absent:]) | {"h.99.ln_1.weight", "lm_head.weight"}
+    assert layout.count_missing(found) == len(list(layout.missing(found))) == min(absent, len(names))
 
 
 class Drawn(Block):
