@@ -485,10 +485,14 @@ def _answered(answer: Answer, threshold: float) -> Decision:
     said = f"{answer.question}: {within(answer.table)}, {answer.unit}; "
     outcome = all_of(above(answer.table, threshold), below(answer.table, threshold))
     evidence, basis = f"{said}the claim needs {threshold:g}.", f"{answer.items} items"
-    return Decision(outcome, SENTENCES[outcome == "holds"], evidence, {"answer": asdict(answer)}, "all", basis)
+    return Decision(outcome, SENTENCES[outcome], evidence, {"answer": asdict(answer)}, "all", basis)
 
 
-SENTENCES = ("The interval of the answer is not all above what the claim needs.", "The model does it.")
+SENTENCES = {
+    "holds": "The model does what the claim says.",
+    "does not hold": "The model does it too seldom, or too little.",
+    "undecided": "The interval includes the threshold, so it is undecided.",
+}
 
 
 def _figures(study: Study[Observed], asked: Sequence[Answer], heads: Tensor | None) -> Figures:

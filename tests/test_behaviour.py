@@ -16,6 +16,8 @@ from torch import Tensor
 from experiments import behaviour
 from experiments.behaviour import Answer, agreement, agrees, closes, copies, induction_heads, observe, repeated, resting
 from experiments.harness import writing
+from experiments.harness.experiment import Settings
+from experiments.harness.running import run_prompt
 from minigpt import GPT2, Block, GPT2Config, Tokenizer
 from minigpt.model import Attention
 from tests.conftest import SMALL, TINY, draw
@@ -334,3 +336,37 @@ def test_a_block_of_ones_own_is_asked_too(tokenizer: Tokenizer) -> None:
     at_the_end = sum(text.endswith("{}") for text in behaviour.VERB_TEXTS) * len(behaviour.NOUNS)
     assert 0 < found["agreement, the subject moves the odds"] <= at_the_end / 226, "nothing but the last word counts"
     assert found["agreement, pronoun"] == 0.5
+
+
+def test_every_number_of_the_charts_is_one_of_the_tables(random_model: GPT2, tokenizer: Tokenizer) -> None:
+    settings = Settings(model="", prompt=behaviour.PASSAGE, parity=False)
+    asked, heads = behaviour.answers(random_model, tokenizer), induction_heads(random_model)
+    study = run_prompt(behaviour.Behaviour(settings, asked, heads), random_model, tokenizer)
+    figures = behaviour.Behaviour(settings, asked, heads).figures(study)
+    found = observe(random_model, [tokenizer.encode(behaviour.PASSAGE)])
+    starts = [behaviour.AS_IT_IS, behaviour.AFTER_END]
+
+    def close(values: object, expected: Tensor) -> None:
+        torch.testing.assert_close(torch.tensor(values).double(), expected.double(), rtol=1e-4, atol=1e-9)
+
+    blocks = [f"block {layer}" for layer in range(4)]
+    assert [(row["start"], row["block"]) for row in figures.data["attention"]] == [
+        (start, block) for start in starts for block in blocks
+    ]
+    close([row["value"] for row in figures.data["attention"]], found.attention[0].flatten(0, 1))
+    assert figures.places["attention"] == figures.places["induction"] == ["0", "1", "2"]
+    assert [row["part"] for row in figures.data["norms"]] == starts
+    close([row["value"] for row in figures.data["norms"]], found.norms[0])
+    assert figures.places["norms"] == ["embeddings", *blocks]
+    buckets = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128"]
+    assert [(row["part"], row["place"]) for row in figures.data["loss"]] == [
+        (start, bucket) for start in starts for bucket in buckets
+    ]
+    close([row["value"] for row in figures.data["loss"]], found.losses[0, :, : len(buckets)].flatten())
+    assert [row["block"] for row in figures.data["induction"]] == blocks
+    close([row["value"] for row in figures.data["induction"]], heads)
+    shares = [answer for answer in asked if answer.unit.startswith("share")]
+    assert [row["place"] for row in figures.data["answers"]] == [answer.question for answer in shares]
+    for row, answer in zip(figures.data["answers"], shares, strict=True):
+        assert (row["value"], row["low"], row["high"]) == (answer.value, answer.low, answer.high)
+    assert [control.value for control in figures.controls] == [behaviour.AFTER_END]
