@@ -54,7 +54,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Schedule:
     """How long and how fast to learn; the defaults made weights/tiny."""
 
-    tokens: int = 45_000_000
+    tokens: int = 32_000_000
     batch: int = 8  # windows
     window: int = 512  # tokens, <|endoftext|> among them
     learning_rate: float = 2e-3
