@@ -368,7 +368,7 @@ class Pass:
     def _apart(self, by_streams: Tensor, by_parts: Tensor, terms: Sequence[Tensor]) -> Tensor:
         """Which rows wrote something else than their sublayers did: [row]."""
         sizes = [forward_ad.unpack_dual(of).tangent if self.job.tangents else of for of in terms]
-        rounding = torch.finfo(by_streams.dtype).eps ** 2 * sum(squared_norms(of) for of in sizes if of is not None)
+        rounding = torch.finfo(terms[0].dtype).eps ** 2 * sum(squared_norms(of) for of in sizes if of is not None)
         return (squared_norms(by_streams - by_parts) > (2 * SUM_ROUNDINGS) ** 2 * rounding).flatten(1).any(1)
 
     def _place(

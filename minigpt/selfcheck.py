@@ -96,14 +96,18 @@ def _real(result: Sweep) -> Tensor:
 
 
 def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
-    """The scale must take part in what the model computes: a block may declare one that its `forward` forgets."""
-    name = parameter_name(model, result.layers[0], result.site)
-    value = torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True)
-    with torch.inference_mode(mode=False), torch.enable_grad(), scaled(model, {name: value}):
-        last = deque(model.depths(ids[:1]), maxlen=1).pop()
-        (gradient,) = torch.autograd.grad(last.sum(), value, allow_unused=True)
-    used = isinstance(gradient, Tensor)
-    return Check(f"the model's forward uses {name}", used, int(used))
+    """Every scale must take part in what the model computes: a block may declare one that its `forward` forgets."""
+    names = list(dict.fromkeys(parameter_name(model, layer, result.site) for layer in result.layers))
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        values = {name: torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True) for name in names}
+        with scaled(model, values):
+            last = deque(model.depths(ids[:1].clone()), maxlen=1).pop().sum()
+        found = (
+            torch.autograd.grad(last, values.values(), allow_unused=True) if last.requires_grad else [None] * len(names)
+        )
+    unused = [name for name, gradient in zip(names, found, strict=True) if not isinstance(gradient, Tensor)]
+    which = unused[0] if unused else names[0] + " and the others" * (len(names) > 1)
+    return Check(f"the model's forward uses {which}", not unused, len(unused))
 
 
 def _rows_scaled(result: Sweep, moved: Tensor, rounding: float) -> Check:

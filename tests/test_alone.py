@@ -322,6 +322,14 @@ def test_a_block_that_writes_otherwise_than_its_sublayers_off_the_clean_run_alon
     assert found.measure("attention_written", "all")[1, 2:5].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_of_the_same_equations_has_parts_in_half_types_too(dtype: torch.dtype) -> None:
+    model = draw(GPT2Config(**SMALL), dtype=dtype, block=type("Same", (Block,), {}))
+    found = compare(model, LONG, [{"blocks.0.output_scale": 0.5}])
+    for part in ("attention_written", "mlp_written"):
+        assert found.measure(part, "all")[0, 2:5].isfinite().all()
+
+
 class ScalesWhatIsRead(Block):
     """The scale of attention acts on what attention reads."""
 

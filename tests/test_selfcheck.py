@@ -87,6 +87,32 @@ def test_a_scale_that_forward_never_uses_is_named() -> None:
     assert broken(model, sweep(model, TEXTS, (1, 2), FACTORS, "gate")) == [USED]
     assert self_check(model, sweep(model, TEXTS, (2,), FACTORS, "gate")).checks[0].claim.endswith("blocks.2.gate_scale")
     assert broken(model, sweep(model, TEXTS, (1, 2), FACTORS, "mlp")) == []
+    frozen = model.requires_grad_(requires_grad=False)
+    assert broken(frozen, sweep(model, TEXTS, (1,), FACTORS, "gate")) == [USED]
+
+
+class Early(Block):
+    """Uses a scale in the first block alone."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.layer = layer
+
+    def forward(self, x: Tensor, cache: object = None) -> Tensor:
+        scale = self.attention_scale if self.layer == 0 else 1.0
+        u = x + scale * self.attention(self.attention_norm(x))
+        return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)))
+
+
+def test_a_scale_that_some_blocks_never_use_is_named() -> None:
+    model = draw(GPT2Config(**SMALL), block=Early)
+    (check,) = self_check(model, sweep(model, TEXTS, (0, 2, 3), FACTORS, "attention")).broken
+    assert (check.claim, check.figure) == ("the model's forward uses blocks.2.attention_scale", 2)
+
+
+def test_a_sweep_is_checked_in_inference_mode_too(model: GPT2) -> None:
+    with torch.inference_mode():
+        assert broken(model, sweep(model, torch.tensor([[1, 2, 3]]), (1,), FACTORS, "mlp")) == []
 
 
 def test_a_sweep_of_the_place_beside_is_noticed(model: GPT2) -> None:
