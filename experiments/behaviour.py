@@ -461,7 +461,10 @@ def _rest(shares: Table) -> Decision:
     outcome = all_of(sure >= RESTING_HEADS, never > 1 - RESTING_HEADS)
     return Decision(
         outcome,
-        "Heads that need nothing look at the first token." if outcome == "holds" else "Few heads look there most.",
+        {
+            "holds": "Heads that need nothing look at the first token.",
+            "does not hold": "Few heads look there most.",
+        }.get(outcome, SENTENCES["undecided"]),
         f"{int(above(shares, RESTS).sum())} of {shares.value.numel()} heads leave more than {RESTS} of their attention "
         f"on position 0; the claim needs a share of {RESTING_HEADS}.",
         {"share_of_attention_on_position_0": shares.value.tolist()},
@@ -472,9 +475,13 @@ def _rest(shares: Table) -> Decision:
 def _massive(norms: Table) -> Decision:
     peak = int(norms.value.nan_to_num(0.0).argmax())
     most = norms.at(depth=peak)
+    outcome = all_of(above(most, MASSIVE), below(most, MASSIVE))
     return Decision(
-        all_of(above(most, MASSIVE), below(most, MASSIVE)),
-        "A massive first token makes every measure over all positions one of that token.",
+        outcome,
+        {
+            "holds": "It makes every measure over all positions one of that token.",
+            "does not hold": "The first token is not much longer than the others.",
+        }.get(outcome, SENTENCES["undecided"]),
         f"It is at most {within(most)} times as long as the others' mean (depth {peak}); the claim needs {MASSIVE:g}.",
         {"norm_of_position_0_over_the_others": norms.value.tolist()},
         "all",
@@ -491,7 +498,7 @@ def _answered(answer: Answer, threshold: float) -> Decision:
 SENTENCES = {
     "holds": "The model does what the claim says.",
     "does not hold": "The model does it too seldom, or too little.",
-    "undecided": "The interval includes the threshold, so it is undecided.",
+    "undecided": "The interval includes the threshold, or there is nothing to count, so it is undecided.",
 }
 
 

@@ -186,8 +186,9 @@ def block_named(name: str) -> type[Block]:
     """
     module, _, leaf = name.partition(":")
     if not (module and leaf) or module.endswith(".py") or "/" in module:
-        example = f"{module.removesuffix('.py').replace('/', '.').strip('.') or 'my_blocks'}:{leaf or 'Name'}"
-        raise ValueError(f"The block {name!r} is not package.module:Name; write it without .py, such as {example}.")
+        path = module.removesuffix(".py").replace("/", ".").strip(".")
+        example = f"{path or 'my_blocks'}:{leaf or 'Name'}"
+        raise ValueError(f"The block {name!r} is not package.module:Name, without .py, such as {example}.")
     try:
         found = attrgetter(leaf)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # of any kind: it is the module's own code that runs

@@ -103,7 +103,9 @@ def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
         with scaled(model, values):
             last = deque(model.depths(ids[:1].clone()), maxlen=1).pop().sum()
         found = (
-            torch.autograd.grad(last, values.values(), allow_unused=True) if last.requires_grad else [None] * len(names)
+            torch.autograd.grad(last, list(values.values()), allow_unused=True)
+            if last.requires_grad
+            else [None] * len(names)
         )
     unused = [name for name, gradient in zip(names, found, strict=True) if not isinstance(gradient, Tensor)]
     which = unused[0] if unused else names[0] + " and the others" * (len(names) > 1)

@@ -72,7 +72,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then linear decay to zero."""
-        warm = (step + 1) / self.warmup_steps
+        warm = (step + 1) / max(1, self.warmup_steps)
         decay = (self.steps - step) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * min(1.0, warm, decay)
 
@@ -352,9 +352,11 @@ def _as_written(model: GPT2) -> Iterator[None]:
     compiled = [block._compiled_call_impl for block in model.blocks]
     for block in model.eval().blocks:
         block._compiled_call_impl = None
-    yield
-    for block, call in zip(model.train().blocks, compiled, strict=True):
-        block._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for block, call in zip(model.train().blocks, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 def _logged(model: GPT2, held_out: Part, schedule: Schedule, progress: Progress) -> Logged:
