@@ -266,7 +266,7 @@ def copy_losses(model: GPT2) -> tuple[Tensor, Tensor]:
 def repeated(model: GPT2) -> tuple[Tensor, int]:
     """`SEQUENCES` random sequences, each twice after <|endoftext|>, and how long one is: [sequence, position].
 
-    <|endoftext|> itself is not drawn.
+    <|endoftext|> itself is not drawn; where a model has none, token 0 takes its place.
     """
     config = model.config
     length = min(MOST_COPIED, (config.n_positions - 1) // 2)
@@ -327,8 +327,9 @@ class Observed:
 
 @torch.no_grad()
 def observe(model: GPT2, ids: Ids) -> Observed:
-    """Run every text by itself, as it is and with <|endoftext|> in front."""
-    found = [[_observe_one(model, text, front) for front in ([], end_of_text(model))] for text in ids]
+    """Run every text by itself, as it is and, where the model has one, with <|endoftext|> in front."""
+    fronts = [[], end_of_text(model)] if end_of_text(model) else [[]]
+    found = [[_observe_one(model, text, front) for front in fronts] for text in ids]
     parts = zip(*(zip(*starts, strict=True) for starts in found), strict=True)
     return Observed(*(torch.stack([torch.stack(starts) for starts in part]) for part in parts))
 
@@ -385,7 +386,7 @@ class Behaviour(Experiment[Observed]):
 
     def measure(self, model: GPT2, raw: Observed) -> Tables:
         """`attention` [text, start, layer, head], `norms` [text, start, depth], `loss` [text, start, position]."""
-        starts, config = (AS_IT_IS, AFTER_END), model.config
+        starts, config = (AS_IT_IS, AFTER_END)[: raw.attention.shape[1]], model.config
         return {
             "attention": by_text(raw.attention, start=starts, layer=range(config.n_layer), head=range(config.n_head)),
             "norms": by_text(raw.norms, start=starts, depth=range(config.n_layer + 1)),
@@ -431,10 +432,10 @@ class Behaviour(Experiment[Observed]):
 
     def verdicts(self, study: Study[Observed]) -> list[Verdict]:
         """What the model has of GPT-2's behaviour, each beside a threshold."""
-        asked = {answer.question: answer for answer in self.asked}
+        asked, last = {answer.question: answer for answer in self.asked}, study.tables["norms"].axes["start"][-1]
         decided = [
-            ("A fifth of the heads rest on the first token", _rest(study.tables["attention"].at(start=AFTER_END))),
-            ("The first token's stream is massive", _massive(study.tables["norms"].at(start=AFTER_END))),
+            ("A fifth of the heads rest on the first token", _rest(study.tables["attention"].at(start=last))),
+            ("The first token's stream is massive", _massive(study.tables["norms"].at(start=last))),
             *(
                 (claim, _answered(asked[question], threshold))
                 for claim, question, threshold in ASKED
@@ -502,88 +503,82 @@ SENTENCES = {
 }
 
 
+Drawn = tuple[Figure, list[dict[str, Any]], list[str] | None]
+"""A chart, its rows, and what their numbers are of where they are arrays."""
+
+
 def _figures(study: Study[Observed], asked: Sequence[Answer], heads: Tensor | None) -> Figures:
+    drawn = [_attention(study), _norms(study), _loss(study)]
+    drawn += [_induction(heads)] if heads is not None else []
+    drawn += [_shares(shares)] if (shares := [of for of in asked if of.unit.startswith("share") and of.items]) else []
+    data = {figure.name: rows for figure, rows, _ in drawn}
+    places = {figure.name: along for figure, _, along in drawn if along}
+    starts = list(study.tables["attention"].axes["start"])
+    control = Control("start", "texts", [(front, front) for front in starts], starts[-1])
+    return Figures([figure for figure, _, _ in drawn], data, places, [control])
+
+
+def _by_head(name: str, title: str, alt: str, note: str, unit: str, table: Table, start: str | None) -> Drawn:
+    """A heat map of numbers of heads, a row for each block; with `start`, of the texts that the control chooses."""
     from experiments.page import charts  # noqa: PLC0415  an extra
 
-    attention, places = study.tables["attention"], place_names(study.n_layer)[:-1]
-    starts, blocks = list(attention.axes["start"]), [f"block {layer}" for layer in attention.axes["layer"]]
-    columns, chosen = [str(head) for head in attention.axes["head"]], {"start": AFTER_END}
-    row, spread = charts.rows_axis("block", "block", blocks), study.windows is not None
-    buckets = list(Behaviour._losses(study, AS_IT_IS))
-    data = {
-        "attention": _by_head(attention.named("layer", "block", blocks), columns),
-        "norms": dataset(
-            study.tables["norms"].named("start", "part", starts).rows(), "depth", range(study.n_layer + 1)
-        ),
-        "loss": dataset(
-            study.tables["loss"]
-            .at(position=buckets)
-            .named("start", "part", starts)
-            .named("position", "place", buckets)
-            .rows()
-        ),
-    }
-    shown = [
-        Figure(
-            "attention",
-            "Which heads rest on the first token",
-            "A heat map: a row for each block, a column for each head, the mean share of attention on position 0.",
-            "Mean over all queries but the first, which has no choice.",
-            charts.heat_map(
-                "attention", ["datum.start == start"], columns, row, "share of attention on position 0", chosen,
-                len(blocks), x_title="head",
-            ),
-        ),
-        Figure(
-            "norms",
-            "How long the first token's stream is",
-            "Lines by place: the norm of the stream at position 0 over the mean of the other positions'.",
-            "At 1 the first token is like the others.",
-            charts.parts_by_block("norms", [], places, "norm of position 0 over the others'", {}, starts),
-        ),
-        Figure(
-            "loss",
-            "Loss by position",
-            "Bars for groups of positions: the mean loss of their tokens.",
-            "What comes later has more to go on.",
-            charts.bars_by_layer("loss", [], buckets, "position", "loss, nats per token", {}, spread, starts),
-        ),
-    ]  # fmt: skip
-    named: dict[str, Any] = {"attention": columns, "norms": places}
-    if heads is not None:
-        found = Table({"block": blocks, "head": attention.axes["head"]}, heads.double())
-        data["induction"], named["induction"] = _by_head(found, columns), columns
-        unit = "share of attention on the token after the earlier copy"
-        shown.append(
-            Figure(
-                "induction",
-                "Which heads copy",
-                "A heat map: a row for each block, a column for each head, the share of attention on the token that "
-                "followed the same token earlier.",
-                "Of random sequences that are shown twice; such heads are called induction heads.",
-                charts.heat_map("induction", [], columns, row, unit, {}, len(blocks), x_title="head"),
-            )
-        )
-    shares = [answer for answer in asked if answer.unit.startswith("share") and answer.items]
-    if shares:
-        names = [answer.question for answer in shares]
-        data["answers"] = [{"place": of.question, "value": of.value, "low": of.low, "high": of.high} for of in shares]
-        shown.append(
-            Figure(
-                "answers",
-                "Agreement and quotations",
-                "Bars for every question: the share of items that the model gets right, with its interval.",
-                "Half would be chance.",
-                charts.bars_by_layer("answers", [], names, "question", "share right", {}, True),
-            )
-        )
-    control = Control("start", "texts", [(front, front) for front in starts], AFTER_END)
-    return Figures(shown, data, named, [control])
+    blocks = [f"block {layer}" for layer in table.axes["layer"]]
+    heads, row = [str(head) for head in table.axes["head"]], charts.rows_axis("block", "block", blocks)
+    filters, chosen = (["datum.start == start"], {"start": start}) if start else ([], {})
+    spec = charts.heat_map(name, filters, heads, row, unit, chosen, len(blocks), x_title="head")
+    rows = dataset(table.named("layer", "block", blocks).rows(), "head", table.axes["head"])
+    return (
+        Figure(name, title, f"A heat map: a row for each block, a column for each head, {alt}.", note, spec),
+        rows,
+        heads,
+    )
 
 
-def _by_head(table: Table, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a heat map whose columns are heads."""
-    return dataset(table.rows(), "head", range(len(columns)))
+def _attention(study: Study[Observed]) -> Drawn:
+    table, unit = study.tables["attention"], "share of attention on position 0"
+    title, note = "Which heads rest on the first token", "Mean over all queries but the first, which has no choice."
+    return _by_head("attention", title, f"the mean {unit}", note, unit, table, table.axes["start"][-1])
+
+
+def _induction(heads: Tensor) -> Drawn:
+    table = Table({"layer": range(heads.shape[0]), "head": range(heads.shape[1])}, heads.double())
+    unit = "share of attention on the token after the earlier copy"
+    note = "Of random sequences that are shown twice; heads that copy so are called induction heads."
+    return _by_head("induction", "Which heads copy", f"the {unit}", note, unit, table, None)
+
+
+def _norms(study: Study[Observed]) -> Drawn:
+    from experiments.page import charts  # noqa: PLC0415  an extra
+
+    table, places = study.tables["norms"], place_names(study.n_layer)[:-1]
+    starts, unit = list(table.axes["start"]), "norm of position 0 over the others'"
+    alt = "Lines by place: the norm of the stream at position 0 over the mean of the other positions'."
+    spec = charts.parts_by_block("norms", [], places, unit, {}, starts)
+    note = "At 1 the first token is like the others."
+    rows = dataset(table.named("start", "part", starts).rows(), "depth", table.axes["depth"])
+    return Figure("norms", "How long the first token's stream is", alt, note, spec), rows, places
+
+
+def _loss(study: Study[Observed]) -> Drawn:
+    from experiments.page import charts  # noqa: PLC0415  an extra
+
+    table, buckets = study.tables["loss"], list(Behaviour._losses(study, AS_IT_IS))
+    starts, spread = list(table.axes["start"]), study.windows is not None
+    spec = charts.bars_by_layer("loss", [], buckets, "position", "loss, nats per token", {}, spread, starts)
+    alt = "Bars for groups of positions: the mean loss of their tokens."
+    shown = table.at(position=buckets).named("start", "part", starts).named("position", "place", buckets)
+    note = "What comes later has more to go on."
+    return Figure("loss", "Loss by position", alt, note, spec), dataset(shown.rows()), None
+
+
+def _shares(asked: Sequence[Answer]) -> Drawn:
+    from experiments.page import charts  # noqa: PLC0415  an extra
+
+    rows = [{"place": of.question, "value": of.value, "low": of.low, "high": of.high} for of in asked]
+    names = [answer.question for answer in asked]
+    spec = charts.bars_by_layer("answers", [], names, "question", "share right", {}, intervals=True)
+    alt = "Bars for every question: the share of items that the model gets right, with its interval."
+    return Figure("answers", "Agreement and quotations", alt, "Half would be chance.", spec), rows, None
 
 
 main = command(Behaviour)

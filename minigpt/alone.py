@@ -19,7 +19,8 @@ from minigpt.parameters import TEXT_AXES, Native, assigned
 
 APART, ROUNDINGS_APART = 1e-3, 300
 """A run of its own may differ from the pass by this share of its difference, and this many roundings of the stream:
-what a block does otherwise shows as more, and sums in another order as less."""
+what a block does otherwise shows as more, and sums in another order as less. In half types that many roundings are more
+than the stream, so only float32 and float64 tell."""
 
 
 @torch.no_grad()  # which stops backward derivatives only

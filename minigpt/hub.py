@@ -202,7 +202,10 @@ def _origin(directory: Path) -> tuple[str | None, str | None]:
 def _folders_like(name: str) -> list[str]:
     """The folders beside the one of that name, if it were one, whose names are much like it."""
     parent = Path(name).parent
-    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    try:
+        beside = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
     return [str(parent / near) for near in difflib.get_close_matches(Path(name).name, beside)]
 
 

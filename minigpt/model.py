@@ -172,7 +172,7 @@ def changes_of(x: Tensor) -> int:
 
 def in_place(module: nn.Module) -> str:
     """What is wrong with a module that writes into what it reads."""
-    return f"{type(module).__name__} changes its input in place, which others still read: let it make a new tensor."
+    return f"{type(module).__name__} changes its input in place, which may still be read: let it make a new tensor."
 
 
 SITES = scaled_sites((*Block.native, *Attention.native, *MLP.native))
@@ -186,9 +186,12 @@ def block_named(name: str) -> type[Block]:
     """
     module, _, leaf = name.partition(":")
     if not (module and leaf) or module.endswith(".py") or "/" in module:
-        path = module.removesuffix(".py").replace("/", ".").strip(".")
-        example = f"{path or 'my_blocks'}:{leaf or 'Name'}"
-        raise ValueError(f"The block {name!r} is not package.module:Name, without .py, such as {example}.")
+        path, _, last = module.removesuffix(".py").replace("/", ".").strip(".").rpartition(".")
+        named = leaf or (last if last[:1].isupper() else "Name")
+        path = path if named == last else f"{path}.{last}".strip(".")
+        raise ValueError(
+            f"The block {name!r} is not package.module:Name, without .py; for example {path or 'my_blocks'}:{named}."
+        )
     try:
         found = attrgetter(leaf)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # of any kind: it is the module's own code that runs
@@ -212,6 +215,14 @@ def kept_beside(model: nn.Module) -> dict[str, Tensor]:
         kept |= {name: of for name, of in vars(module).items() if isinstance(of, Tensor)}
         found |= {f"{path}.{name}" if path else name: of for name, of in kept.items() if of is not None}
     return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables are the same up to rounding: another device's sines have other last bits."""
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one.cpu(), other.cpu())
+    rounding = 16 * torch.finfo(one.dtype).eps
+    return torch.allclose(one.cpu().double(), other.cpu().double(), rtol=rounding, atol=rounding)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -368,17 +379,27 @@ class GPT2(nn.Module):
         layout = self._layout(self.config, self.block, own=self.block is not Block)
         checkpoint.save(Path(directory), self.config, weights(self), layout)
 
+    def lasting(self) -> dict[str, Tensor]:
+        """What is kept beside the weights, without what a forward made for itself: registered buffers, and tensors that
+        a new model has too."""
+        if not (kept := kept_beside(self)):
+            return {}
+        with torch.device("meta"), _Undrawn():
+            fresh = kept_beside(type(self)(self.config, self.block))
+        return {name: of for name, of in kept.items() if name in fresh or name in dict(self.named_buffers())}
+
     def _check_kept_beside(self) -> None:
         """Raise ValueError for tensors that no checkpoint holds, and that the block does not make again as they are."""
-        if not (kept := kept_beside(self)):
-            return
-        with torch.random.fork_rng(), torch.device(self.device):
-            torch.rand(1)  # a table that is drawn comes out otherwise
-            again = kept_beside(type(self)(self.config, self.block).to(self.dtype))
-        if other := [name for name, of in kept.items() if name not in again or not torch.equal(of, again[name])]:
+        kept, made = self.lasting(), list[dict[str, Tensor]]()
+        for seed in (0, 1) if kept else ():  # a table that is drawn comes out otherwise
+            with torch.random.fork_rng(), torch.device("cpu"):
+                torch.manual_seed(seed)
+                made.append(kept_beside(type(self)(self.config, self.block).to(self.dtype)))
+        other = [name for name, of in kept.items() if not all(name in new and _alike(of, new[name]) for new in made)]
+        if other:
             raise ValueError(
-                f"No checkpoint holds {', '.join(other)}, and a new {self.block.__name__} makes it otherwise. Register "
-                "it as a buffer, or as a parameter."
+                f"No checkpoint holds {', '.join(other)}, and a new {self.block.__name__} makes that otherwise. "
+                "Register what it needs as a buffer, or as a parameter."
             )
 
     @classmethod

@@ -31,7 +31,7 @@ from minigpt.checkpoint import CONFIG, INDEX, as_option, same_block, weight_file
 from minigpt.config import ACTIVATIONS, OFFICIAL, CheckpointError, GPT2Config
 from minigpt.files import open_tensors, shown, write_tensors
 from minigpt.generate import generate
-from minigpt.model import GPT2, Block, block_name, kept_beside
+from minigpt.model import GPT2, Block, block_name
 from minigpt.parameters import natives, not_neutral, weights
 
 REFERENCE = "reference.safetensors"
@@ -317,7 +317,7 @@ def digest(model: GPT2) -> str:
 def fingerprint(model: GPT2) -> str:
     """sha256 over what the model is made of, its shape and every bit of the weights, whatever they were loaded from."""
     total = hashlib.sha256(f"{_own_name(model)} {block_name(model.block)} {model.config!r}".encode())
-    for name, tensor in sorted((weights(model) | kept_beside(model)).items()):
+    for name, tensor in sorted((weights(model) | model.lasting()).items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

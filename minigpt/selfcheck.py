@@ -127,7 +127,9 @@ def _rows_scaled(result: Sweep, moved: Tensor, rounding: float) -> Check:
     wrong = int(((expected & ~differs) | (unchanged & differs)).flatten(2).any(-1).sum())
     where = "every position" if result.positions is None else "every scaled position"
     count = int(expected.flatten(2).any(-1).sum())
-    return Check(f"all {count} rows that are moved alone differ at {where}, and no row of factor 1", wrong == 0, wrong)
+    return Check(
+        f"all {count} rows that a run of its own moves differ at {where}, and no row of factor 1", wrong == 0, wrong
+    )
 
 
 def _jump(result: Sweep, dtype: torch.dtype, rounding: float) -> Check:

@@ -54,8 +54,8 @@ class Tokenizer:
                 lines = merges.read_text(encoding="utf-8").split("\n")
                 return cls(_from_vocabulary(read_json(vocab, MOST_BYTES), lines))
         raise CheckpointError(
-            f"{directory} has no tokenizer.json and no vocab.json with merges.txt; if its model was made of another "
-            "one, copy that one's there."
+            f"{directory} has no tokenizer.json and no vocab.json with merges.txt; if the model was made from another "
+            "checkpoint, copy that checkpoint's tokenizer here."
         )
 
     @property

@@ -228,6 +228,16 @@ def test_a_text_of_all_positions_loses_its_last_token_to_the_end_in_front() -> N
     torch.testing.assert_close(whole, cut, equal_nan=True)
 
 
+def test_a_model_without_an_end_of_text_is_seen_as_it_is_alone() -> None:
+    model = draw(GPT2Config(**SMALL))  # GPT-2's end of text lies far outside of 97 tokens
+    assert behaviour.end_of_text(model) == []
+    found = observe(model, [[1, 2, 3, 4]])
+    assert (found.attention.shape[1], found.norms.shape[1], found.losses.shape[1]) == (1, 1, 1)
+    tables = behaviour.Behaviour(Settings(model="", prompt="")).measure(model, found)
+    assert {tuple(table.axes["start"]) for table in tables.values()} == {(behaviour.AS_IT_IS,)}
+    assert set(repeated(model)[0][:, 0].tolist()) == {0}
+
+
 def test_heads_rest_on_position_0_above_the_threshold() -> None:
     attention = torch.zeros(2, 1, 4)
     attention[:, 0] = torch.tensor([[0.5, 0.2, 0.29, 0.9], [0.2, 0.2, 0.3, 0.9]])

@@ -19,7 +19,7 @@ from minigpt.files import write_atomically
 from minigpt.linear import Linear
 from minigpt.model import MLP
 from minigpt.parameters import Native
-from minigpt.parity import certify
+from minigpt.parity import certify, fingerprint
 from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
 from tests.conftest import SMALL, TINY
 
@@ -560,7 +560,7 @@ class Drawn(Block):
 
 def test_a_table_that_would_come_out_otherwise_is_not_left_behind(small: Callable[..., GPT2], tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"No checkpoint holds blocks\.0\.table, .*, and a new Drawn makes it otherwise"
+        ValueError, match=r"No checkpoint holds blocks\.0\.table, .*, and a new Drawn makes that otherwise"
     ):
         small(block=Drawn).save_pretrained(tmp_path)
     model = small(block=Gated)
@@ -568,6 +568,34 @@ def test_a_table_that_would_come_out_otherwise_is_not_left_behind(small: Callabl
     with pytest.raises(ValueError, match=r"No checkpoint holds blocks\.2\.offset, and a new Gated"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Lazy(Block):
+    """Makes its table when it is first called, as long as the text."""
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        self.kept = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None]
+        return super().forward(x, cache) + self.kept
+
+
+def test_what_a_forward_makes_for_itself_is_no_part_of_a_model(
+    small: Callable[..., GPT2], ids: Tensor, tmp_path: Path
+) -> None:
+    model = small(block=Lazy)
+    before = fingerprint(model)
+    model(ids)
+    assert fingerprint(model) == before
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GPT2.from_pretrained(tmp_path, dtype=torch.float64, block=Lazy)(ids), model(ids))
+
+
+def test_a_table_may_have_other_last_bits_and_no_other_digits(small: Callable[..., GPT2], tmp_path: Path) -> None:
+    model = small(block=Gated)
+    model.blocks[1].get_buffer("table")[5] *= 1 + 1e-15
+    model.save_pretrained(tmp_path / "near")
+    model.blocks[1].get_buffer("table")[5] *= 1 + 1e-12
+    with pytest.raises(ValueError, match=r"No checkpoint holds blocks\.1\.table"):
+        model.save_pretrained(tmp_path / "far")
 
 
 @pytest.mark.parametrize("name", ["blocks.1.gate_shift", "blocks.1.mlp_scale", "blocks.0.attention.head_scale"])

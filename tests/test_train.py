@@ -140,6 +140,22 @@ def test_a_corpus_without_text_is_refused(run_train: Run, tmp_path: Path) -> Non
     assert (code, "bring more text" in err) == (2, True)
 
 
+def test_another_corpus_is_another_training(run_train: Run, corpus: Path, tmp_path: Path) -> None:
+    train_in(run_train, corpus, tmp_path / "out", 3)
+    book = corpus / "two.txt"
+    book.write_text(book.read_text().replace("299 dogs", "992 dogs"))
+    code, _, err = run_train("--corpus", corpus, "--output", tmp_path / "out", "--tokens", 3 * 64, *TRAINING)
+    assert (code, "other settings" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("option", "share"), [("dropout", 1), ("dropout", -0.1), ("repeat", 1.5)])
+def test_a_share_out_of_range_is_a_sentence(
+    run_train: Run, corpus: Path, tmp_path: Path, option: str, share: float
+) -> None:
+    code, _, err = run_train("--corpus", corpus, "--output", tmp_path / "out", f"--{option}", share)
+    assert (code, f"--{option} is {share:g}; expected a share from 0 to below 1" in err) == (2, True)
+
+
 def test_every_twentieth_stretch_is_held_out_and_nothing_is_lost(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "STRETCH", 50)
     texts = train.read_corpus(corpus)

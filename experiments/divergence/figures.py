@@ -94,7 +94,7 @@ class Shown:
     @property
     def _numbers_of_a_cell(self) -> int:
         """About how many numbers a page shows of one layer at one factor; alignments come with their error."""
-        of_set = len(SHOWN) + len(["passive"]) + 2 * len(ALIGNMENTS) + len([CARRIED, *WRITTEN])
+        of_set = 1 + len(SHOWN) + 2 * len(ALIGNMENTS) + 1 + len(WRITTEN)  # `passive` and what is carried come on top
         kept = len(NUMBERS_SHOWN) if self.study.counts else 1
         return len(self.places) * (kept * len(POSITION_SETS) * of_set + (len(self.study.tokens) if self.whole else 0))
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from experiments.harness.output import check_kind
 from experiments.harness.ranks import Ranks
+from experiments.harness.table import SPREAD
 from minigpt import Tokenizer
 from minigpt.files import open_tensors, printable, read_json, write_tensors, write_text, written_in
 
@@ -47,7 +48,7 @@ MOST_NUMBERS = 2**20
 FEWEST_COLUMNS = 64
 """Combined together even where they are more numbers than that, from 16,384 windows on (0.5 KB a window): every group
 of columns reads all shards again."""
-STATISTICS = ("mean", "sd", "median", "q1", "q3", "low", "high")
+STATISTICS = ("mean", *SPREAD)
 """Over windows: mean, standard deviation, median, quartiles, and the bootstrap interval (95 %) of the mean."""
 
 NOT_READ = (".json", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".pdf", ".html", ".docx")

@@ -7,6 +7,7 @@ out. Every window begins with <|endoftext|>. A run that is stopped goes on where
 bits on the same machine.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -218,14 +219,15 @@ def _reads(name: str) -> bool:
 
 
 def drop(model: GPT2, share: float) -> None:
-    """Let what attention and MLP write drop out while the model is in training mode: of every block, whatever it is."""
+    """Let what attention and MLP write drop out while the model is in training mode, in any block that has both."""
 
-    def hook(module: nn.Module, _given: Any, out: Tensor) -> Tensor:
-        return F.dropout(out, share, module.training)
+    def hook(module: nn.Module, _given: Any, out: Any) -> Any:
+        return F.dropout(out, share, module.training) if isinstance(out, Tensor) else out
 
     for block in model.blocks if share else ():
-        for sublayer in (block.attention, block.mlp):
-            sublayer.register_forward_hook(hook)
+        for name in ("attention", "mlp"):
+            if isinstance(sublayer := getattr(block, name, None), nn.Module):
+                sublayer.register_forward_hook(hook)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -444,41 +446,34 @@ def main(
     compile_blocks: Annotated[bool, typer.Option("--compile", help="faster; needs a C++ compiler")] = False,
 ) -> None:
     """Train a tokenizer and a GPT-2, or a model of another block, on a folder of text."""
+    shares = {"dropout": dropout, "repeat": repeat}
+    if wrong := [name for name, share in shares.items() if not 0 <= share < 1]:
+        raise ValueError(f"--{wrong[0]} is {shares[wrong[0]]:g}; expected a share from 0 to below 1.")
     schedule = Schedule(
-        tokens,
-        batch,
-        n_positions,
-        learning_rate,
-        warmup_steps,
-        weight_decay,
-        dropout,
-        repeat,
-        seed=seed,
+        tokens, batch, n_positions, learning_rate, warmup_steps, weight_decay, dropout, repeat, seed=seed
     )
     texts = read_corpus(corpus)
     tokenizer = train_tokenizer(texts, vocab_size)
-    learned, held_out = split(texts, tokenizer, n_positions)
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=n_positions,
-        n_embd=n_embd,
-        n_layer=n_layer,
-        n_head=n_head,
-        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-    )
-    made_of = cli.pick_block(block)
-    stated = config.to_dict(block_name(made_of))
-    settings = json.dumps({"config": stated, "schedule": asdict(schedule), "compile": compile_blocks})
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    config = GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head, bos_token_id=end, eos_token_id=end)
     torch.manual_seed(seed)
-    model = GPT2(config, made_of).to(cli.pick_device(device))
+    model = GPT2(config, cli.pick_block(block)).to(cli.pick_device(device))
     drop(model, dropout)
-    if compile_blocks:
-        for layer in model.blocks:
-            layer.compile()
-    print(
-        f"{len(learned.ids)} training tokens, {len(held_out.ids)} held-out tokens, {schedule.steps} steps", flush=True
-    )
+    for layer in model.blocks if compile_blocks else ():
+        layer.compile()
+    run(model, tokenizer, split(texts, tokenizer, n_positions), schedule, output)
+
+
+def run(
+    model: GPT2, tokenizer: tokenizers.Tokenizer, parts: tuple[Part, Part], schedule: Schedule, output: Path
+) -> None:
+    """Train a model from wherever `output` stands, and write its checkpoint."""
+    learned, held_out = parts
+    count = f"{len(learned.ids)} training tokens, {len(held_out.ids)} held-out tokens, {schedule.steps} steps"
+    stated = {"config": model.config.to_dict(block_name(model.block)), "schedule": asdict(schedule)}
+    tokens = hashlib.sha256(b"".join(part.ids.numpy().tobytes() for part in parts)).hexdigest()
+    settings = json.dumps({**stated, "compile": compiled(model), "tokens": tokens})
+    print(count, flush=True)
     with alone_in(output):
         progress = train(model, learned, held_out, schedule, output, settings)
-        export(model, tokenizer, held_out, progress, n_positions, output)
+        export(model, tokenizer, held_out, progress, schedule.window, output)
