@@ -5,7 +5,8 @@ own parts do. A block of one's own may look at later positions, which are paddin
 something from call to call, draw at random, or look at other rows.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -14,13 +15,42 @@ from torch.autograd import forward_ad
 
 from minigpt.engine import Job, leaves_at, primal
 from minigpt.measures import squared_norms
-from minigpt.model import forward_mode
-from minigpt.parameters import TEXT_AXES, Native, assigned
+from minigpt.model import GPT2, forward_mode
+from minigpt.parameters import TEXT_AXES, Native, assigned, natives, scaled
 
 APART, ROUNDINGS_APART = 1e-3, 300
 """A run of its own may differ from the pass by this share of its difference, and this many roundings of the stream:
 what a block does otherwise shows as more, and sums in another order as less. In half types that many roundings are more
 than the stream, so only float32 and float64 tell."""
+
+
+def unused(model: GPT2, names: Iterable[str], ids: Tensor) -> list[str]:
+    """Those of some native parameters that take no part in what the model computes: [1, position] ids are tried.
+
+    A block may declare one that its `forward` forgets.
+    """
+    declared, chosen = natives(model), list(names)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        values = {
+            name: torch.full((), declared[name].nothing, dtype=model.dtype, device=model.device, requires_grad=True)
+            for name in chosen
+        }
+        with scaled(model, values):
+            last = deque(model.depths(ids[:1].clone().to(model.device)), maxlen=1).pop().sum()
+        if not last.requires_grad:
+            return chosen
+        gradients = torch.autograd.grad(last, list(values.values()), allow_unused=True)
+    return [name for name, gradient in zip(chosen, gradients, strict=True) if gradient is None]
+
+
+def check_used(job: Job) -> None:
+    """Raise ValueError for native parameters that runs name and the model's `forward` does not use."""
+    if forgotten := unused(job.model, job.declared, job.ids[:, : int(job.lengths[0])]):
+        name = forgotten[0].rpartition(".")[2]
+        raise ValueError(
+            f"The model's forward does not use {', '.join(forgotten)}, so a value would do nothing; "
+            f"let its module say self.act({name.rpartition('_')[0]!r}, ...)."
+        )
 
 
 @torch.no_grad()  # which stops backward derivatives only

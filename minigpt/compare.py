@@ -34,18 +34,31 @@ class Comparison(Result):
 
         Raises ValueError where it was not asked for.
         """
-        return _kept(self.statistics.steps_sq)
+        return _kept(self.statistics.steps_sq, "What blocks add to the stream was", "steps=True")
 
     @property
     def clean_steps_sq(self) -> Tensor:
         """The same of the clean run: [block, batch, position]."""
-        return _kept(self.statistics.clean_steps_sq)
+        return _kept(self.statistics.clean_steps_sq, "What blocks add to the stream was", "steps=True")
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of the chosen tokens, after each text's last one: [intervention, batch, token], float64.
+
+        Raises ValueError where no tokens were chosen.
+        """
+        return _kept(self.statistics.logits, "Logits were", "tokens=[...]")
+
+    @property
+    def clean_logits(self) -> Tensor:
+        """The same of the clean run: [batch, token]."""
+        return _kept(self.statistics.clean_logits, "Logits were", "tokens=[...]")
 
 
-def _kept(steps: Tensor | None) -> Tensor:
-    if steps is None:
-        raise ValueError("What blocks add to the stream was not kept; compare with steps=True.")
-    return steps
+def _kept(found: Tensor | None, what: str, ask: str) -> Tensor:
+    if found is None:
+        raise ValueError(f"{what} not kept; compare with {ask}.")
+    return found
 
 
 def compare(
@@ -56,12 +69,14 @@ def compare(
     max_bytes: int | None = None,
     progress: Progress | None = None,
     steps: bool = False,
+    tokens: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Comparison:
     """Run texts clean and under every intervention, and keep numbers per position.
 
     `ids`, `max_bytes` and `progress` are as in `sweep`. A value is a number or a tensor that broadcasts against
     [batch, position, n_embd], for a head_scale [batch, position, n_head]. `predictions` asks for the next-token
-    distributions, which take the unembedding; `steps` for the norm of what every block adds to the stream.
+    distributions, which take the unembedding; `steps` for the norm of what every block adds to the stream; `tokens`
+    [token] or [batch, token] for the logits of these tokens alone, after each text's last one.
 
     Raises ValueError for no intervention, for an unknown parameter, for a shape that does not fit, for a model that is
     not clean, for a stream that overflows, and when `max_bytes` is too little for one run beside the clean one.
@@ -72,5 +87,7 @@ def compare(
         raise ValueError(
             "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."
         )
-    job = Job.checked(model, ids, interventions, predictions, steps=steps, named="intervention {}".format)
+    job = Job.checked(
+        model, ids, interventions, predictions, steps=steps, tokens=tokens, named="intervention {}".format
+    )
     return Comparison(job.ids.cpu(), run(job, Cells.in_a_row(len(interventions)), max_bytes, progress))

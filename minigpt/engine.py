@@ -57,6 +57,8 @@ class Job:
     """Whether the values are dual numbers, and a run's tangent stands in the place of its difference."""
     steps: bool = False
     """Whether the norm of what every block adds is kept."""
+    tokens: Tensor | None = None
+    """Those whose logits after each text's last token are kept: [batch, token]."""
     declared: Mapping[str, Native] = field(default_factory=dict)
     """Every parameter that a run names. Values have all the axes of its shape."""
     named: Callable[[int], str] = "run {}".format
@@ -72,6 +74,7 @@ class Job:
         *,
         tangents: bool = False,
         steps: bool = False,
+        tokens: Tensor | Sequence[Any] | None = None,
         named: Callable[[int], str] = "run {}".format,
     ) -> "Job":
         """Texts and runs that fit a clean model, or a ValueError that says what does not."""
@@ -84,7 +87,8 @@ class Job:
             fitting.append({name: _with_all_axes(name, value, declared[name], ids) for name, value in run.items()})
         used = {name: declared[name] for run in fitting for name in run}
         predict = predict_logits if predictions is True else predictions or None
-        return cls(model, ids, lengths, fitting, predict, tangents, steps, used, named)
+        wanted = None if tokens is None else _checked_tokens(tokens, len(ids), model.config.vocab_size)
+        return cls(model, ids, lengths, fitting, predict, tangents, steps, wanted, used, named)
 
     @cached_property
     def known(self) -> bool:
@@ -103,6 +107,16 @@ class Job:
         advice = [*(["a smaller value"] if run is not None else []), *(["float64"] if dtype != "float64" else [])]
         then = f"; take {', or '.join(advice)}" if advice else ""
         raise StreamOverflowError(f"{what} {whose}, in {dtype}{then}.")
+
+
+def _checked_tokens(tokens: Tensor | Sequence[Any], texts: int, size: int) -> Tensor:
+    """Tokens for every text: [batch, token]."""
+    found = torch.as_tensor(tokens)
+    if found.ndim not in (1, 2) or found.dtype.is_floating_point or (found.ndim == 2 and len(found) not in (1, texts)):
+        raise ValueError(f"The tokens are {tokens!r}; expected token ids [token], or [batch, token] for {texts} texts.")
+    if not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < size:
+        raise ValueError(f"The tokens are {found.tolist()}; expected at least one, from 0 to {size - 1}.")
+    return found.expand(texts, -1)
 
 
 def predict_logits(model: GPT2, streams: Tensor, ids: Tensor, lengths: Tensor) -> Predictions:
@@ -155,10 +169,8 @@ def check_blocks(model: GPT2) -> None:
 def _with_all_axes(name: str, value: Tensor, native: Native, ids: Tensor) -> Tensor:
     """A value with an axis for every word of the parameter's shape.
 
-    Raises ValueError where it has another number of texts or positions than there are, or acts before the blocks.
+    Raises ValueError where it has another number of texts or positions than there are.
     """
-    if block_of(name) < 0:
-        raise ValueError(f"{name} acts before the blocks; only `scaled` takes it.")
     whole = value.reshape((1,) * (len(native.shape) - value.ndim) + tuple(value.shape))
     there = {word: ids.shape[word != "batch"] for word in native.shape if word in TEXT_AXES}
     if any(whole.shape[native.shape.index(word)] not in (1, count) for word, count in there.items()):
@@ -189,6 +201,8 @@ class Place:
     What a block wrote is there only of the runs that left before it."""
     predictions: Predictions | None = None
     """At `final`, where they are asked for: rows are the clean run and then the runs."""
+    logits: Tensor | None = None
+    """At `final`, of the job's tokens, where there are some: [row, batch, token], float64."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +219,29 @@ class Pass:
     @torch.no_grad()  # which stops backward derivatives only
     def places(self) -> Iterator[Place]:
         """Run, and yield the numbers of every place, from depth 0 to `final`."""
-        model, predict, gone = self.job.model, self.job.predict, 0
+        model, predict = self.job.model, self.job.predict
+        gone = sum(leaves_at(self.job.runs[run]) < 0 for run in self.runs)
         shape = (1 + len(self.runs), *self.ids.shape, model.config.n_embd)
         streams = torch.zeros(shape, dtype=model.dtype, device=model.device)
         if self.job.tangents:
             streams = forward_ad.make_dual(streams, torch.zeros_like(streams))
-        streams[0] = model.embed(self.ids)
-        yield self._place(0, streams[:1])
+        with assigned(model, _each(self._values(-1, [None, *self.runs[:gone]]), len(self.ids))):
+            streams[: 1 + gone] = model.embed(self.ids.repeat(1 + gone, 1)).view_as(streams[: 1 + gone])
+        yield self._place(0, streams[: 1 + gone])
         for layer, block in enumerate(model.blocks):
             here, gone = 1 + gone, sum(leaves_at(self.job.runs[run]) <= layer for run in self.runs)
             found = self._through(layer, block, streams[: 1 + gone], here)
             yield self._place(layer + 1, streams[: 1 + gone], found=found)
         predictions = predict(model, streams, self.ids, self.lengths) if predict else None
-        yield self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
+        last = self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
+        yield last if self.job.tokens is None else replace(last, logits=self._logits(streams, self.job.tokens))
+
+    def _logits(self, streams: Tensor, tokens: Tensor) -> Tensor:
+        """The logits of some tokens [batch, token] after each text's last one: [row, batch, token]."""
+        model, texts = self.job.model, torch.arange(len(self.ids))
+        ends = model.final_norm(streams[:, texts, self.lengths - 1]).double()
+        weights = model.unembed.weight[tokens[self.texts].to(model.device)].double()
+        return torch.einsum("rbe,bte->rbt", ends, weights).cpu()
 
     def halves(self) -> list["Pass"]:
         """The same runs on the same texts in two passes. Raises ValueError when there is one of each."""
@@ -302,21 +326,21 @@ class Pass:
 
         [row, text or 1, position or 1, ...]; empty where none of the runs names a parameter of the block.
         """
-        prefix, model = f"blocks.{layer}.", self.job.model
+        prefix, model = _prefix(layer), self.job.model
         given = [{} if run is None else self.job.runs[run] for run in runs]
         found = dict[str, Tensor]()
         for name in (prefix + leaf for leaf in self._named(layer, runs)):
             native = self.job.declared[name]
-            neutral = torch.full((1,) * len(native.shape), native.neutral, dtype=model.dtype, device=model.device)
+            neutral = torch.full((1,) * len(native.shape), native.nothing, dtype=model.dtype, device=model.device)
             rows = [self._cut(run.get(name, neutral), native.shape) for run in given]
             found[name.removeprefix(prefix)] = torch.stack(torch.broadcast_tensors(*rows))
         return found
 
     def _named(self, layer: int, runs: Sequence[int | None]) -> list[str]:
         """The parameters of a block that some runs name, by their names in the block."""
-        prefix, given = f"blocks.{layer}.", (self.job.runs[run] for run in runs if run is not None)
-        named = dict.fromkeys(name for run in given for name in run if name.startswith(prefix))
-        return [name.removeprefix(prefix) for name in named]
+        given = (self.job.runs[run] for run in runs if run is not None)
+        named = dict.fromkeys(name for run in given for name in run if block_of(name) == layer)
+        return [name.removeprefix(_prefix(layer)) for name in named]
 
     def _cut(self, value: Tensor, words: Sequence[str]) -> Tensor:
         """A value of the texts and positions of this pass."""
@@ -352,7 +376,8 @@ class Pass:
         written = _total(writes.values()) if parts else by_streams
         if parts and not self.job.known:
             other = self._apart(by_streams, written, (before, after, *parts.values()))
-            other[[row for row in acted if not names[row] <= {f"{part}_scale" for part in parts}]] = False
+            of_parts = {f"{part}_{how}" for part in parts for how in ("scale", "shift")}
+            other[[row for row in acted if not names[row] <= of_parts]] = False
             written[other] = by_streams[other]
             for write in writes.values():
                 write[other] = torch.nan
@@ -553,21 +578,30 @@ def _keep(found: dict[str, list[Tensor]], part: str, _module: nn.Module, _given:
 def _writes(
     returned: Mapping[str, Sequence[Tensor]], slab: Tensor, rows: int, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the sublayers wrote into the first rows of a slab: all that each returned, times its scale."""
+    """What the sublayers wrote into the first rows of a slab: all that each returned, under its scale and shift."""
     found = dict[str, Tensor]()
     for part, tensors in returned.items():
         if all(of.numel() == slab.numel() for of in tensors):
             write = reduce(torch.add, (of.reshape(slab.shape)[:rows] for of in tensors))
-            scale = values.get(f"{part}_scale")
-            found[part] = write if scale is None else write * scale[:rows]
+            scale, shift = (values.get(f"{part}_{how}") for how in ("scale", "shift"))
+            write = write if scale is None else write * scale[:rows]
+            found[part] = write if shift is None else write + shift[:rows]
     return found
+
+
+def _prefix(layer: int) -> str:
+    """What the names of a block's parameters begin with; -1 is what comes before all blocks."""
+    return "" if layer < 0 else f"blocks.{layer}."
+
+
+def _each(values: Mapping[str, Tensor], texts: int) -> dict[str, Tensor]:
+    """Values [row, text or 1, ...] for every text of every row: [row * text, ...]."""
+    return {name: value.expand(-1, texts, *value.shape[2:]).flatten(0, 1) for name, value in values.items()}
 
 
 def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """A slab through a block under values for every row."""
-    texts = slab.shape[1]
-    each = {name: value.expand(-1, texts, *value.shape[2:]).flatten(0, 1) for name, value in values.items()}
-    with assigned(block, each):
+    with assigned(block, _each(values, slab.shape[1])):
         out = through(block, slab.flatten(0, 1))
     if out.dtype != slab.dtype:
         raise ValueError(f"{type(block).__name__} returned {out.dtype}; expected {slab.dtype}, as the weights are.")
@@ -575,7 +609,7 @@ def _call(block: Block, slab: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def leaves_at(run: Mapping[str, Tensor]) -> int:
-    """The first block that a run names."""
+    """The first block that a run names; -1 where it names what comes before all blocks."""
     return min(map(block_of, run))
 
 

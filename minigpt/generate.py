@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minigpt.cache import KeyValueCache
 from minigpt.model import GPT2
-from minigpt.parameters import current, not_neutral
+from minigpt.parameters import TEXT_AXES, current, natives, not_neutral
 
 logger = logging.getLogger("minigpt")
 
@@ -59,13 +59,15 @@ def _continue(
     count: int,
     cache: KeyValueCache | None,
     choose: Callable[[Tensor], int],
-    scales: list[Tensor],
+    values: list[Tensor | None],
 ) -> Iterator[int]:
     device = model.device
     read, text = torch.tensor([ids], device=device), list(ids)
     for _ in range(count):
-        if not all(now is then for now, then in zip(current(model).values(), scales, strict=True)):
-            raise ValueError("The scales changed while a text was generated; take all ids inside the `with scaled`.")
+        if not all(now is then for now, then in zip(current(model).values(), values, strict=True)):
+            raise ValueError(
+                "The native parameters changed while a text was generated; take all ids inside the `with scaled`."
+            )
         logits, sound = _read(model, read, cache)
         if not sound:
             raise ValueError(_not_finite(model, torch.tensor([text], device=device)))
@@ -140,7 +142,9 @@ def _check(
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; expected an integer of at most 64 bits.")
     for name, value in not_neutral(model).items():
-        if value.ndim > 1 and max(value.shape[:-1]) > 1:
+        words = natives(model)[name].shape
+        behind = zip(reversed(value.shape), reversed(words), strict=False)
+        if any(size > 1 and word in TEXT_AXES for size, word in behind):
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, other values for other rows or positions; "
                 "generation needs one value for all."

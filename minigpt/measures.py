@@ -97,6 +97,10 @@ class Statistics:
     position]."""
     clean_steps_sq: Tensor | None = None
     """Of the clean run: [block, batch, position]."""
+    logits: Tensor | None = None
+    """Of some tokens, after each text's last one, where they were asked for: [*run, batch, token]."""
+    clean_logits: Tensor | None = None
+    """Of the clean run: [batch, token]."""
 
     def frobenius(self, positions: Tensor) -> Tensor:
         """sqrt(sum over positions of norm(D)^2): [*run, place, batch].
@@ -257,6 +261,7 @@ class Statistics:
             written=self.written[:, :, chosen],
             predictions=self.predictions and self.predictions.map(lambda tensor: tensor[chosen]),
             steps_sq=None if self.steps_sq is None else self.steps_sq[chosen],
+            logits=None if self.logits is None else self.logits[chosen],
         )
 
     def _of_predictions(self, clean: bool = False) -> Predictions:

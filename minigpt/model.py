@@ -26,7 +26,7 @@ from minigpt import checkpoint, hub
 from minigpt.cache import KeyValueCache
 from minigpt.config import ACTIVATIONS, CheckpointError, GPT2Config, read_config
 from minigpt.linear import Linear
-from minigpt.parameters import Native, declare, natives, not_neutral, scaled_sites, weights
+from minigpt.parameters import Native, NativeModule, assigned, declare, law, natives, not_neutral, scaled_sites, weights
 
 
 @contextmanager
@@ -47,10 +47,22 @@ def forward_mode() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-class Attention(nn.Module):
-    """W_O concat(head_scale[h] * z_h) + b_O, with z_h the causal attention of head h."""
+HEADS = ("batch", "position", "n_head", "head_width")
 
-    native: ClassVar[tuple[Native, ...]] = (Native("head_scale", ("batch", "position", "n_head"), index="head"),)
+
+class Attention(NativeModule):
+    """W_O concat(head_scale[h] * z_h + head_shift[h]) + b_O, with z_h the causal attention of head h.
+
+    Its queries, keys and values have a scale and a shift of their own, its scores a shift.
+    """
+
+    native: ClassVar[tuple[Native, ...]] = (
+        *law("head", HEADS, index="head", optional=False),
+        *law("query", HEADS, index="head"),
+        *law("key", HEADS, index="head"),
+        *law("value", HEADS, index="head"),
+        Native("score_shift", ("batch", "n_head", "query", "key"), neutral=0.0, index="head", optional=True),
+    )
     head_scale: Tensor
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -81,7 +93,8 @@ class Attention(nn.Module):
             asked.append(x)
             return [q, k, identity]
 
-        with replaced(self, "heads", heads):
+        of_values: dict[str, Tensor | None] = {name: None for name in natives(self) if name.startswith("value_")}
+        with replaced(self, "heads", heads), assigned(self, of_values):
             weights = self.mix(x).transpose(1, 2)
         if not asked:
             raise ValueError(f"{type(self).__name__}.mix does not ask `heads` for its values; override `pattern` too.")
@@ -89,22 +102,40 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What every head read, a mixture of values: [batch, position, n_head, head_width]."""
-        q, k, v = self.heads(x, cache.seen if cache is not None else 0)
+        parts = zip(("query", "key", "value"), self.heads(x, cache.seen if cache is not None else 0), strict=True)
+        q, k, v = (self.act(site, of.transpose(1, 2)).transpose(1, 2) for site, of in parts)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        with forward_mode() if forward_ad.unpack_dual(q).tangent is not None else nullcontext():
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)
+        mask, causal = self._mask(q, k), q.shape[2] > 1
+        dual = any(forward_ad.unpack_dual(of).tangent is not None for of in (q, k, v, mask) if of is not None)
+        with forward_mode() if dual else nullcontext():
+            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=self.score_scale)
         return z.transpose(1, 2)
+
+    def _mask(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """What is added to the scores where somebody shifts them: minus infinity for a key that no query may see."""
+        if self._parameters.get("score_shift") is None:
+            return None
+        queries, keys = q.shape[2], k.shape[2]
+        later = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
+        mask = self.act("score", torch.zeros_like(later, dtype=q.dtype).masked_fill(later, -torch.inf))
+        if bool((mask.amax(-1) == -torch.inf).any()):
+            query = int((mask.amax(-1) == -torch.inf).nonzero()[0, -1])
+            raise ValueError(
+                f"score_shift leaves query {query} of block {self.layer} without a key; every query needs one whose "
+                "shift is not minus infinity, at its own position or before."
+            )
+        return mask
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What attention writes into the stream, from its normed copy; both [batch, position, n_embd]."""
-        return self.projection((self.head_scale.unsqueeze(-1) * self.mix(x, cache)).flatten(2))
+        return self.projection(self.act("head", self.mix(x, cache)).flatten(2))
 
 
-class MLP(nn.Module):
+class MLP(NativeModule):
     """Two linear maps with the activation between them."""
 
-    native: ClassVar[tuple[Native, ...]] = ()
+    native: ClassVar[tuple[Native, ...]] = law("neuron", ("batch", "position", "mlp_width"))
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -115,17 +146,21 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the MLP writes into the stream, from its normed copy; both [batch, position, n_embd]."""
-        return self.projection(self.activation(self.expand(x)))
+        return self.projection(self.act("neuron", self.activation(self.expand(x))))
 
 
-class Block(nn.Module):
+class Block(NativeModule):
     """One layer: attention and MLP each read a normed copy of the stream and write into it.
 
     A subclass with a `forward` of its own is another architecture: `GPT2(config, block=...)` is made of it, and every
     experiment follows. Its attributes replace the parts.
     """
 
-    native: ClassVar[tuple[Native, ...]] = (Native("output_scale"), Native("attention_scale"), Native("mlp_scale"))
+    native: ClassVar[tuple[Native, ...]] = (
+        *law("output", optional=False),
+        *law("attention", optional=False),
+        *law("mlp", optional=False),
+    )
     attention_scale: Tensor
     mlp_scale: Tensor
     output_scale: Tensor
@@ -146,9 +181,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The stream after this block, from the stream before it; both [batch, position, n_embd]."""
-        u = x + self.attention_scale * self.attention(self.attention_norm(x), cache)
-        y = u + self.mlp_scale * self.mlp(self.mlp_norm(u))
-        return self.output_scale * y
+        u = x + self.act("attention", self.attention(self.attention_norm(x), cache))
+        y = u + self.act("mlp", self.mlp(self.mlp_norm(u)))
+        return self.act("output", y)
 
 
 def through(block: Block, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -237,8 +272,8 @@ class _Undrawn(TorchFunctionMode):
         return function(*given, **named)
 
 
-class GPT2(nn.Module):
-    """GPT-2 with a scale on every block's output, attention write, MLP write and heads.
+class GPT2(NativeModule):
+    """GPT-2 with a scale and a shift wherever something acts: see `parameters.py`.
 
     `GPT2(config)` draws fresh weights as Hugging Face does: normal with deviation `initializer_range`, divided by
     sqrt(2 * n_layer) for the projections that write into the stream (after Radford et al. 2019, section 2.3).
@@ -246,9 +281,12 @@ class GPT2(nn.Module):
     GPT-2's layers, or makes of another class than `minigpt.linear.Linear`, keeps the weights that the block gave it.
     """
 
+    native: ClassVar[tuple[Native, ...]] = law("embedding")
+
     def __init__(self, config: GPT2Config, block: type[Block] = Block) -> None:
         super().__init__()
         self.config, self.block = config, block
+        declare(self, self.native, config)
         self.source: checkpoint.Source | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if block.position_embedding:
@@ -274,9 +312,9 @@ class GPT2(nn.Module):
         """Depth 0, of int64 ids [batch, position] from position `start` on; ValueError for ids out of range."""
         self.config.check_ids(ids, start)
         if not self.block.position_embedding:
-            return self.token_embedding(ids)
+            return self.act("embedding", self.token_embedding(ids))
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(positions)
+        return self.act("embedding", self.token_embedding(ids) + self.position_embedding(positions))
 
     def depths(self, ids: Tensor, cache: KeyValueCache | None = None) -> Iterator[Tensor]:
         """The stream at depth 0, 1, ... n_layer, one at a time: [batch, position, n_embd] each."""
@@ -349,7 +387,8 @@ class GPT2(nn.Module):
         state = checkpoint.load(files, layout, dtype, torch.device(device))
         model = cls._empty(config, block, torch.device(device))
         checkpoint.check_alike(weights(model), layout)
-        neutral = {name: native.neutral_value(config).to(device, dtype) for name, native in natives(model).items()}
+        declared = natives(model).items()
+        neutral = {name: of.neutral_value(config).to(device, dtype) for name, of in declared if not of.optional}
         shared = model._shared()
         checkpoint.check_shared(shared, state, block_name(block))
         model.load_state_dict(state | neutral, assign=True)

@@ -1,22 +1,29 @@
 """The native parameters: each is declared once, in the module that uses it, and all else is made from that.
 
-    blocks.2.output_scale              the whole output of block 2
-    blocks.2.attention_scale           what its attention writes into the stream
-    blocks.2.mlp_scale                 what its MLP writes into the stream
-    blocks.2.attention.head_scale      [n_head]: what each head brings, before the projection
+A site is a place in the model where something acts. One law holds at each: a <- scale * a + shift.
+
+    embedding_scale, embedding_shift             the stream at depth 0
+    blocks.2.output_scale, ..._shift             the whole output of block 2
+    blocks.2.attention_scale, ..._shift          what its attention writes into the stream
+    blocks.2.mlp_scale, ..._shift                what its MLP writes into the stream
+    blocks.2.attention.head_scale, ..._shift     what each head mixed, before the projection
+    blocks.2.attention.query_scale, ..._shift    likewise key and value: what the scores and the mixtures are made of
+    blocks.2.attention.score_shift               the scores before the softmax; minus infinity removes an edge
+    blocks.2.mlp.neuron_scale, ..._shift         the MLP's hidden layer, after the activation
 
 attention_scale = mlp_scale = 0 skips a block. Zeroing every head leaves the projection's bias in the stream;
 zeroing attention_scale removes it too.
 
-A module lists its native parameters in `native`, makes them with `declare`, and uses them in its `forward`. Their
-names, the values that `scaled` takes, the sites of `sweep`, the columns of tables and the sentences of errors follow.
+A module lists its native parameters in `native`, makes them with `declare`, and uses them in its `forward`: `act` is
+the law. Their names, the values that `scaled` takes, the sites of `sweep`, the columns of tables and the sentences of
+errors follow.
 """
 
 import difflib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +58,8 @@ class Native:
     index: str | None = None
     """What one entry is called if each has its own value: head, for example. Entries lie on the first axis that is a
     field of the config."""
+    optional: bool = False
+    """Whether it is None until it is given a value. Until then it takes part in nothing, and costs nothing."""
 
     def __post_init__(self) -> None:
         if self.shape[:1] != ("batch",) or (self.index and set(self.shape) <= set(TEXT_AXES)):
@@ -84,16 +93,53 @@ class Native:
         """How many entries of their own the site has: heads, say. 1 where there is no index."""
         return cast("int", self.sizes(config)[self.indexed_axis]) if self.index else 1
 
+    @property
+    def nothing(self) -> float:
+        """The neutral value that changes no bit: -0.0 of a shift, for 0.0 added to -0.0 is 0.0."""
+        return self.neutral or -0.0
+
     def neutral_value(self, config: GPT2Config) -> Tensor:
         """The value that changes nothing, with an axis for every one from the entries on."""
         sizes = [size or 1 for size in self.sizes(config)[self.indexed_axis :]] if self.index else []
-        return torch.full(sizes, self.neutral)
+        return torch.full(sizes, self.nothing)
+
+
+def law(
+    site: str, shape: tuple[str, ...] = STREAM, index: str | None = None, optional: bool = True
+) -> tuple[Native, Native]:
+    """The scale and the shift of a site: a <- scale * a + shift.
+
+    `shape` is that of what it acts on. Entries with an index have one scale each: their last axis has none of its own.
+    `optional` says whether the scale is; a shift always is.
+    """
+    whole = shape[:-1] if index else shape
+    return (
+        Native(f"{site}_scale", whole, index=index, optional=optional),
+        Native(f"{site}_shift", shape, neutral=0.0, index=index, optional=True),
+    )
+
+
+class NativeModule(nn.Module):
+    """A module with native parameters."""
+
+    native: ClassVar[tuple[Native, ...]] = ()
+
+    def act(self, site: str, a: Tensor) -> Tensor:
+        """scale * a + shift at one of the module's sites, [batch, position, ...]; what is None takes no part."""
+        for name in (f"{site}_scale", f"{site}_shift"):
+            value: Tensor | None = self._parameters.get(name)
+            if value is not None:
+                words = next(native.shape for native in self.native if native.name == name)
+                value = value[(..., *[None] * (a.ndim - len(words)))]  # one factor for the whole width of a head
+                a = value * a if name.endswith("scale") else a + value
+        return a
 
 
 def declare(module: nn.Module, declared: Iterable[Native], config: GPT2Config) -> None:
-    """Give a module its native parameters, at their neutral values: no optimiser moves them."""
-    for native in declared:
-        module.register_parameter(native.name, nn.Parameter(native.neutral_value(config), requires_grad=False))
+    """Give a module its native parameters, at their neutral values, or none: no optimiser moves them."""
+    for native in {native.name: native for native in declared}.values():
+        value = None if native.optional else nn.Parameter(native.neutral_value(config), requires_grad=False)
+        module.register_parameter(native.name, value)
 
 
 def natives(model: nn.Module) -> dict[str, Native]:
@@ -131,16 +177,16 @@ def block_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
-def current(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that stand for the native parameters now, by name."""
+def current(model: nn.Module) -> dict[str, Tensor | None]:
+    """The tensors that stand for the native parameters now, by name; None for one that nobody set."""
     places = {name: _place(model, name) for name in natives(model)}
     return {name: registry[leaf] for name, (registry, leaf) in places.items()}
 
 
 def not_neutral(model: nn.Module) -> dict[str, Tensor]:
     """The native parameters whose value is not neutral, by name: empty for a clean model."""
-    values, declared = current(model), natives(model)
-    return {name: value for name, value in values.items() if not bool((value == declared[name].neutral).all())}
+    values, declared = current(model).items(), natives(model)
+    return {name: of for name, of in values if of is not None and not bool((of == declared[name].neutral).all())}
 
 
 def check_clean(model: nn.Module) -> None:
@@ -166,13 +212,14 @@ def scaled(model: nn.Module, values: Values) -> Generator[Any]:
     """Run the body of a `with` statement under other values, and restore them, also after an error.
 
     A value is a number, or a tensor that broadcasts against what the parameter acts on: [batch, position, n_embd],
-    for a head_scale [batch, position, n_head]. [rows, 1, 1] gives every row its own factor, [1, position, 1] every
-    position its own. Gradients flow to a tensor that asks for them.
+    for a head_scale [batch, position, n_head], for a head_shift [batch, position, n_head, head_width]. [rows, 1, 1]
+    gives every row its own factor, [1, position, 1] every position its own. Gradients flow to a tensor that asks for
+    them.
 
         with scaled(model, {"blocks.2.output_scale": 0.5}):
             logits = model(ids)
 
-    Raises ValueError for an unknown name, listing the nearest ones, and for a shape that cannot fit.
+    Raises ValueError for an unknown name, listing the nearest ones, for a shape that cannot fit, and for not a number.
     """
     (fitting,) = fit(model, [values])
     with assigned(model, fitting):
@@ -180,7 +227,7 @@ def scaled(model: nn.Module, values: Values) -> Generator[Any]:
 
 
 @contextmanager
-def assigned(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def assigned(module: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
     """Set native parameters of a model, or of a block, to tensors that fit, and restore them."""
     places = {name: _place(module, name) for name in values}
     before = {name: registry[leaf] for name, (registry, leaf) in places.items()}
@@ -200,12 +247,12 @@ def fit(model: nn.Module, runs: Sequence[Values]) -> list[dict[str, Tensor]]:
     Raises ValueError for an unknown name, listing the nearest ones, for what is no number or tensor, and for a shape
     that cannot broadcast.
     """
-    known, now = natives(model), current(model)
+    known, like = natives(model), next(model.parameters())
     for name in (name for values in runs for name in values if name not in known):
         nearest = sorted(known, key=lambda other: -_likeness(name, other))[:4]
         raise ValueError(f"There is no parameter {name!r}; the nearest names are {', '.join(nearest)}.")
     config = cast("GPT2Config", model.config)
-    return [{name: _fitting(name, value, known[name], now[name], config) for name, value in of.items()} for of in runs]
+    return [{name: _fitting(name, value, known[name], like, config) for name, value in of.items()} for of in runs]
 
 
 def _likeness(name: str, other: str) -> float:
@@ -221,6 +268,8 @@ def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, con
         tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name} was given {value!r}; expected a number or a tensor.") from None
+    if bool(tensor.isnan().any()):
+        raise ValueError(f"{name} was given not a number; expected a number.")
     sizes = native.sizes(config)
     behind = zip(reversed(tensor.shape), reversed(sizes), strict=False)
     if tensor.ndim > len(sizes) or any(size is not None and found not in (1, size) for found, size in behind):
@@ -233,10 +282,10 @@ def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, con
     return tensor
 
 
-def _place(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
     """The dict of a module that holds a parameter, and the key in it."""
     path, _, leaf = name.rpartition(".")
-    return cast("dict[str, Tensor]", module.get_submodule(path)._parameters), leaf
+    return cast("dict[str, Tensor | None]", module.get_submodule(path)._parameters), leaf
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

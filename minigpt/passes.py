@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt.alone import check_a_run_alone
+from minigpt.alone import check_a_run_alone, check_used
 from minigpt.engine import SQUARES, Job, Pass, Place, leaves_at, slab_tokens
 from minigpt.measures import WRITERS, Statistics
 from minigpt.parameters import block_of
@@ -60,6 +60,7 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
         pass
     found = gathered.statistics()
     if job.runs and not job.known:
+        check_used(job)
         check_a_run_alone(job, lambda run: found.difference_sq[tuple(int(axis[run]) for axis in cells.at)])
     return found
 
@@ -86,13 +87,15 @@ class Gathered:
         for name, numbers in place.predictions.tensors().items() if place.predictions else ():
             self._check(numbers, place, what="The predictions are")
             self._put(name, numbers, rows, place.texts)
+        if place.logits is not None:
+            self._put("logits", place.logits, rows, place.texts)
 
     def _put(
         self, name: str, numbers: Tensor, rows: tuple[Tensor, ...], texts: slice, at: tuple[int, ...] = ()
     ) -> None:
         """Numbers [row, ..., batch, position or rank], at a place where there are some at every place."""
         if name not in self.clean:
-            last = numbers.shape[-1] if name.startswith("top") else self.job.ids.shape[1]
+            last = numbers.shape[-1] if name.startswith(("top", "logits")) else self.job.ids.shape[1]
             shape = (*[self.job.count for _ in at], *numbers.shape[1:-2], len(self.job.ids), last)
             self.clean[name], self.found[name] = numbers.new_zeros(shape), numbers.new_zeros(*self.cells.shape, *shape)
         within: tuple[Any, ...] = (*at, ..., texts, slice(numbers.shape[-1]))
@@ -115,16 +118,17 @@ class Gathered:
         """All the numbers; cells that have not left the clean run are the clean run."""
         axes, names = len(self.cells.shape), [of.name for of in fields(Predictions) if of.name in self.clean]
         for name, clean in self.clean.items():
-            for place in range(self.job.count) if name not in names else [-1]:
+            at_every_place = name not in (*names, "logits")
+            for place in range(self.job.count) if at_every_place else [-1]:
                 found, expected = self.found[name], clean
-                if name not in names:
+                if at_every_place:
                     found, expected = found.select(axes, place), clean[place]
                 found[~self.left[..., place]] = expected
 
         def of(numbers: dict[str, Tensor]) -> dict[str, Any]:
             kept = Predictions(**{name: numbers[name] for name in names}) if names else None
             steps = numbers["steps_sq"].narrow(-3, 1, self.job.count - 2) if self.job.steps else None
-            return {"predictions": kept, "steps_sq": steps}
+            return {"predictions": kept, "steps_sq": steps, "logits": numbers.get("logits")}
 
         return Statistics(
             sites=self._sites(),

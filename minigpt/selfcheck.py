@@ -5,12 +5,12 @@ there by construction. Here a cell of every entry is computed again in a run of 
 `residuals`, which share nothing with the pass.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minigpt.alone import unused
 from minigpt.measures import squared_norms
 from minigpt.model import GPT2
 from minigpt.parameters import parameter_name, scaled
@@ -98,18 +98,9 @@ def _real(result: Sweep) -> Tensor:
 def _used(model: GPT2, result: Sweep, ids: Tensor) -> Check:
     """Every scale must take part in what the model computes: a block may declare one that its `forward` forgets."""
     names = list(dict.fromkeys(parameter_name(model, layer, result.site) for layer in result.layers))
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        values = {name: torch.ones((), dtype=model.dtype, device=model.device, requires_grad=True) for name in names}
-        with scaled(model, values):
-            last = deque(model.depths(ids[:1].clone()), maxlen=1).pop().sum()
-        found = (
-            torch.autograd.grad(last, list(values.values()), allow_unused=True)
-            if last.requires_grad
-            else [None] * len(names)
-        )
-    unused = [name for name, gradient in zip(names, found, strict=True) if not isinstance(gradient, Tensor)]
-    which = unused[0] if unused else names[0] + " and the others" * (len(names) > 1)
-    return Check(f"the model's forward uses {which}", not unused, len(unused))
+    forgotten = unused(model, names, ids)
+    which = forgotten[0] if forgotten else names[0] + " and the others" * (len(names) > 1)
+    return Check(f"the model's forward uses {which}", not forgotten, len(forgotten))
 
 
 def _rows_scaled(result: Sweep, moved: Tensor, rounding: float) -> Check:

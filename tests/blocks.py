@@ -13,9 +13,8 @@ class Parallel(Block):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         read = self.attention_norm(x)
-        return self.output_scale * (
-            x + self.attention_scale * self.attention(read, cache) + self.mlp_scale * self.mlp(read)
-        )
+        written = self.act("attention", self.attention(read, cache)) + self.act("mlp", self.mlp(read))
+        return self.act("output", x + written)
 
 
 class RMSNorm(Block):
@@ -50,13 +49,13 @@ class Rotary(Block):
 
 
 class NeuronMLP(MLP):
-    """Every neuron has a scale of its own, after the activation."""
+    """Every neuron has a gain of its own, before the activation."""
 
-    native = (*MLP.native, Native("neuron_scale", ("batch", "position", "mlp_width"), index="neuron"))
-    neuron_scale: Tensor
+    native = (*MLP.native, Native("gain_scale", ("batch", "position", "mlp_width"), index="neuron"))
+    gain_scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projection(self.neuron_scale * self.activation(self.expand(x)))
+        return self.projection(self.act("neuron", self.activation(self.gain_scale * self.expand(x))))
 
 
 class Neurons(Block):

@@ -411,7 +411,7 @@ EQUIVALENT = (
     Equivalent(
         "minigpt/model.py",
         f"{_COMPARE}Gt_NotEq",
-        "z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.score_scale)",
+        "mask, causal = self._mask(q, k), q.shape[2] > 1",
         "!= 1",
         "There is at least one position: the config refuses empty ids.",
     ),

@@ -11,7 +11,7 @@ import torch
 
 from minigpt import GPT2, Block, GPT2Config, compare, scaled, sweep
 from minigpt.measures import MEASURES, POSITION_SETS
-from minigpt.parameters import Native, natives
+from minigpt.parameters import Native, block_of, natives
 from tests.blocks import BLOCKS, Neurons
 from tests.conftest import SMALL, draw
 
@@ -99,16 +99,17 @@ def test_random_interventions_are_what_runs_of_their_own_give(
     def value(native: Native) -> float | torch.Tensor:
         if drawn.random() < 0.4:
             return drawn.choice([0.0, 0.5, 1.0, -1.5])
-        behind = [getattr(model.config, word) if native.index else 1 for word in native.shape[2:]]
-        return torch.randn(drawn.choice([1, len(texts)]), drawn.choice([1, most]), *behind, dtype=torch.float64)
+        counts = {"batch": len(texts)} | dict.fromkeys(("position", "query", "key"), most)
+        sizes = [drawn.choice([1, counts.get(word) or getattr(model.config, word)]) for word in native.shape]
+        return torch.randn(sizes, dtype=torch.float64)
 
     names = [drawn.sample(list(declared), drawn.randint(1, 4)) for _ in range(drawn.randint(1, 7))]
     runs = [{name: value(declared[name]) for name in some} for some in names]
     found = compare(model, texts, runs).statistics
     for row, run in enumerate(runs):
-        first = 1 + min(int(name.split(".")[1]) for name in run)
+        first = 1 + min(map(block_of, run))
         for text, ids in enumerate(texts):
-            own = {name: of_text(of, text, len(ids)) for name, of in run.items()}
+            own = {name: of_text(of, declared[name], text, len(ids)) for name, of in run.items()}
             with torch.no_grad(), scaled(model, own):
                 changed = model.residuals(torch.tensor([ids]))[:, 0]
             difference = changed - model.residuals(torch.tensor([ids]))[:, 0].detach()
@@ -120,12 +121,14 @@ def test_random_interventions_are_what_runs_of_their_own_give(
                 torch.testing.assert_close(numbers[at][1 + first :], expected, rtol=1e-7, atol=1e-9)
 
 
-def of_text(value: float | torch.Tensor, text: int, length: int) -> float | torch.Tensor:
+def of_text(value: float | torch.Tensor, native: Native, text: int, length: int) -> float | torch.Tensor:
     """What of a value is meant for one text."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value[text : text + 1] if len(value) > 1 else value
-    return value[:, :length] if value.shape[1] > 1 else value
+    if isinstance(value, torch.Tensor):
+        value = value[text : text + 1] if len(value) > 1 else value
+        for axis, word in enumerate(native.shape):
+            if word in ("position", "query", "key") and value.shape[axis] > 1:
+                value = value.narrow(axis, 0, length)
+    return value
 
 
 def test_a_skipped_block_changes_nothing_between_its_depths(model: GPT2) -> None:

@@ -305,7 +305,7 @@ def test_sensitivity_is_the_slope_of_the_study(run: Run, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--measure", "changed"], "expected one of frobenius"), (["--sites", "neuron"], "expected one of")],
+    [(["--measure", "changed"], "expected one of frobenius"), (["--sites", "gate"], "expected one of")],
 )
 def test_sensitivity_refuses_in_a_sentence(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
     code, out, err = run("sensitivity", "--output", tmp_path / "out", *arguments)
@@ -493,17 +493,17 @@ def begun(model: GPT2, options: Options) -> Start[Any]:
 
 def test_a_site_whose_index_counts_neurons_has_a_column_of_that_name(neurons: GPT2) -> None:
     options = divergence.GridOptions(
-        prompt=PROMPT, layers="1", factors="0,2", site="neuron", indices="3,0", no_parity=True, dtype="float64"
+        prompt=PROMPT, layers="1", factors="0,2", site="gain", indices="3,0", no_parity=True, dtype="float64"
     )
     study = study_of(experiment := divergence.Divergence.from_options(begun(neurons, options)), neurons)
     rows = list(experiment.rows(study))
     assert list(rows[0]) == ["model", "site", "layer", "neuron", "factor", "depth", "positions", "metric", "value"]
-    assert {(row["site"], row["layer"], row["neuron"]) for row in rows} == {("neuron", 1, 3), ("neuron", 1, 0)}
+    assert {(row["site"], row["layer"], row["neuron"]) for row in rows} == {("gain", 1, 3), ("gain", 1, 0)}
     ids = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)])
     silenced = torch.ones(5, dtype=torch.float64).index_fill(0, torch.tensor([3]), 0)
     with torch.no_grad():
         clean = neurons.residuals(ids)
-        with scaled(neurons, {"blocks.1.mlp.neuron_scale": silenced}):
+        with scaled(neurons, {"blocks.1.mlp.gain_scale": silenced}):
             expected = float((neurons.residuals(ids) - clean)[4, 0, 1:].norm())
     wanted = {"neuron": 3, "factor": 0.0, "depth": 4, "positions": "rest", "metric": "frobenius"}
     (found,) = (row["value"] for row in rows if wanted.items() <= row.items())
@@ -514,27 +514,27 @@ def test_a_site_whose_index_counts_neurons_has_a_column_of_that_name(neurons: GP
 
 def test_a_list_of_entries_is_of_what_the_site_counts(neurons: GPT2) -> None:
     start = begun(neurons, Options())
-    assert start.indices("4,0", "neuron") == (4, 0)
+    assert start.indices("4,0", "gain") == (4, 0)
     assert start.indices("2", "head") == (2,)
-    assert start.indices("all", "neuron") is start.indices("all", "mlp") is None
+    assert start.indices("all", "gain") is start.indices("all", "mlp") is None
     with pytest.raises(ValueError, match=r"--indices 5: 5 is not a neuron; the model has neurons 0 to 4\."):
-        start.indices("5", "neuron")
+        start.indices("5", "gain")
     with pytest.raises(ValueError, match="'mlp' is scaled as a whole, so leave --indices out"):
         start.indices("0", "mlp")
-    with pytest.raises(ValueError, match="expected one of output, attention, mlp, head, neuron"):
-        start.site("query")
+    with pytest.raises(
+        ValueError, match="expected one of output, attention, mlp, head, query, key, value, neuron, gain"
+    ):
+        start.site("gate")
 
 
 def test_sensitivities_have_a_column_for_all_that_indices_count(neurons: GPT2) -> None:
-    options = sensitivity.SensitivityOptions(
-        prompt=PROMPT, sites="mlp,neuron,head", measure="frobenius", no_parity=True
-    )
+    options = sensitivity.SensitivityOptions(prompt=PROMPT, sites="mlp,gain,head", measure="frobenius", no_parity=True)
     experiment = sensitivity.Sensitivities.from_options(begun(neurons, options))
     study = study_of(experiment, neurons)
     rows = list(experiment.rows(study))
     assert list(rows[0]) == ["model", "positions", "metric", "layer", "site", "neuron", "head", "depth", "value"]
     labels = {(row["site"], row["neuron"], row["head"]) for row in rows}
-    assert labels == {("mlp", "", ""), *(("neuron", n, "") for n in range(5)), *(("head", "", h) for h in range(3))}
+    assert labels == {("mlp", "", ""), *(("gain", n, "") for n in range(5)), *(("head", "", h) for h in range(3))}
     found = {
         (row["site"], row["neuron"]): row["value"]
         for row in rows
@@ -543,9 +543,9 @@ def test_sensitivities_have_a_column_for_all_that_indices_count(neurons: GPT2) -
     ids, ends = torch.tensor([Tokenizer.from_pretrained(TINY).encode(PROMPT)]), []
     for step in (1e-5, -1e-5):
         value = torch.ones(5, dtype=torch.float64).index_add(0, torch.tensor([4]), torch.tensor([step]).double())
-        with torch.no_grad(), scaled(neurons, {"blocks.2.mlp.neuron_scale": value}):
+        with torch.no_grad(), scaled(neurons, {"blocks.2.mlp.gain_scale": value}):
             ends.append(neurons.residuals(ids)[4, 0, 1:])
-    assert found["neuron", 4] == pytest.approx(float((ends[0] - ends[1]).norm()) / 2e-5, rel=1e-6)
+    assert found["gain", 4] == pytest.approx(float((ends[0] - ends[1]).norm()) / 2e-5, rel=1e-6)
     lines = [line.split() for line in experiment.lines(study, 200)]
     assert lines[1] == [
         "layer",
@@ -553,12 +553,12 @@ def test_sensitivities_have_a_column_for_all_that_indices_count(neurons: GPT2) -
         *" ".join(f"neuron {n}" for n in range(5)).split(),
         *["head", "0", "head", "1", "head", "2"],
     ]
-    assert lines[4][6] == f"{found['neuron', 4]:.4g}"
+    assert lines[4][6] == f"{found['gain', 4]:.4g}"
 
 
 def test_token_loss_scales_whole_layers_and_skips_are_of_any_block(neurons: GPT2) -> None:
-    options = token_loss.LossOptions(prompt=PROMPT, site="neuron", no_parity=True)
-    with pytest.raises(ValueError, match="--site neuron: every neuron has a scale of its own there"):
+    options = token_loss.LossOptions(prompt=PROMPT, site="gain", no_parity=True)
+    with pytest.raises(ValueError, match="--site gain: every neuron has a scale of its own there"):
         token_loss.TokenLoss.from_options(begun(neurons, options))
     whole = token_loss.TokenLoss.from_options(begun(neurons, replace(options, site="mlp")))
     assert {row["layer"] for row in whole.rows(study_of(whole, neurons))} == {0, 1, 2, 3}
@@ -613,7 +613,7 @@ def test_a_silent_neuron_leaves_no_change_to_judge(neurons: GPT2) -> None:
     """A rectified neuron that is never above 0: whatever its scale, the two runs are the same."""
     model = GPT2(replace(neurons.config, activation_function="relu"), block=Neurons).double()
     model.blocks[1].mlp.expand.bias.data[3] = -1e3
-    grid = {"layers": (1,), "factors": (0.5, 2.0), "site": "neuron", "indices": (3, 0)}
+    grid = {"layers": (1,), "factors": (0.5, 2.0), "site": "gain", "indices": (3, 0)}
     experiment = divergence.Divergence(divergence.GridSettings(model="", prompt=PROMPT, parity=False, **grid))
     verdicts = experiment.verdicts(study_of(experiment, model))
     silent = {of.number: of for of in verdicts if of.index == {"neuron": 3}}

@@ -174,7 +174,7 @@ def test_a_factor_gives_what_float64_gives_or_is_refused(
         with pytest.raises(StreamOverflowError):
             compare(model, ids, [{parameter_name(model, 1, site): -(10.0**exponent)}])
     else:
-        assert exponent <= 19
+        assert exponent <= 19 or site in ("query", "key"), "a softmax of huge scores is 0 and 1, in any type"
         expected = sweep(exact, ids, *grid, predictions=True)
         for name in ("kl", "gauge_free", "relative"):
             torch.testing.assert_close(

@@ -19,7 +19,7 @@ from minigpt import GPT2, Block, GPT2Config, generate, parity, scaled
 from minigpt.checkpoint import ORIGIN, WEIGHTS, Source
 from minigpt.config import ACTIVATIONS, OFFICIAL, CheckpointError
 from minigpt.model import MLP, SITES
-from minigpt.parameters import natives, parameter_name
+from minigpt.parameters import block_of, natives, parameter_name
 from tests.blocks import BLOCKS, Parallel, RMSNorm, Rotary
 from tests.conftest import SMALL, TINY, draw
 
@@ -66,10 +66,9 @@ def test_every_variant_matches(small: Callable[..., GPT2], ids: Tensor, tmp_path
     n_inner=st.none() | st.integers(1, 40),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    scales=st.tuples(*[st.floats(-2, 2)] * 4),
     seed=st.integers(0, 1000),
 )
-def test_odd_configurations_match_clean_and_under_every_scale_at_once(
+def test_odd_configurations_match_clean_and_under_every_scale_and_shift_at_once(
     n_head: int,
     width: int,
     n_layer: int,
@@ -77,7 +76,6 @@ def test_odd_configurations_match_clean_and_under_every_scale_at_once(
     n_inner: int | None,
     activation: str,
     flags: tuple[bool, bool, bool],
-    scales: tuple[float, float, float, float],
     seed: int,
 ) -> None:
     config = GPT2Config(
@@ -94,19 +92,14 @@ def test_odd_configurations_match_clean_and_under_every_scale_at_once(
     )
     model = draw(config, seed)
     ids = torch.randint(vocab_size, (2, 7), generator=torch.Generator().manual_seed(seed))
-    layer, head = seed % n_layer, seed % n_head
+    layer = seed % n_layer
     with TemporaryDirectory() as folder:
         theirs = twin(model, Path(folder))
         assert worst(model, theirs, ids) < EXACT
-        for site, factor in zip(SITES, scales, strict=True):
-            hook_in(theirs, site, layer, factor, head)
-        with scaled(
-            model,
-            {
-                parameter_name(model, layer, site): value_of(model, site, factor, head)
-                for site, factor in zip(SITES, scales, strict=True)
-            },
-        ):
+        laws = {site: drawn_law(model, site, layer, ids, seed) for site in EVERY_SITE}
+        for site, values in laws.items():
+            edit_by_law(theirs, site, layer, values)
+        with scaled(model, {name: value for values in laws.values() for name, value in values.items()}):
             assert worst(model, theirs, ids) < EXACT
 
 
@@ -184,25 +177,96 @@ def test_tiny_matches_a_live_run(dtype: torch.dtype) -> None:
 # The scaled model against a correct edit by hook.
 
 
+def edit(theirs: Any, site: str, layer: int, change: Callable[[Tensor], Tensor]) -> None:
+    """Put a function where a site is in Hugging Face's model. It gets heads on an axis of their own."""
+    block, heads = theirs.transformer.h[layer], theirs.config.n_head
+
+    def by_head(x: Tensor) -> Tensor:
+        return change(x.unflatten(-1, (heads, -1))).flatten(-2)
+
+    def of_three(which: int, x: Tensor) -> Tensor:
+        parts = list(x.chunk(3, -1))
+        parts[which] = by_head(parts[which])
+        return torch.cat(parts, -1)
+
+    def masked(_module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        length = inputs[0].shape[1] if inputs else named["hidden_states"].shape[1]
+        causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+        return inputs, {**named, "attention_mask": change(causal)}
+
+    if site in (parts := ("query", "key", "value")):
+        which = parts.index(site)
+        block.attn.c_attn.register_forward_hook(lambda _module, _inputs, output: of_three(which, output))
+        return
+    {
+        "embedding": lambda: theirs.transformer.drop.register_forward_hook(lambda _m, _given, out: change(out)),
+        "output": lambda: block.register_forward_hook(lambda _m, _given, out: change(out)),
+        "attention": lambda: block.attn.register_forward_hook(lambda _m, _given, out: (change(out[0]), *out[1:])),
+        "mlp": lambda: block.mlp.register_forward_hook(lambda _m, _given, out: change(out)),
+        "neuron": lambda: block.mlp.c_proj.register_forward_pre_hook(lambda _m, given: (change(given[0]),)),
+        "head": lambda: block.attn.c_proj.register_forward_pre_hook(lambda _m, given: (by_head(given[0]),)),
+        "score": lambda: block.attn.register_forward_pre_hook(masked, with_kwargs=True),
+    }[site]()
+
+
 def hook_in(theirs: Any, site: str, layer: int, factor: float, head: int) -> None:
-    """Edit Hugging Face's model as a scale would."""
-    block = theirs.transformer.h[layer]
-    if site == "output":
-        block.register_forward_hook(lambda _module, _inputs, output: output * factor)
-    elif site == "attention":
-        block.attn.register_forward_hook(lambda _module, _inputs, output: (output[0] * factor, *output[1:]))
-    elif site == "mlp":
-        block.mlp.register_forward_hook(lambda _module, _inputs, output: output * factor)
-    else:
-        scale = torch.ones(theirs.config.n_head, dtype=torch.float64).index_fill(0, torch.tensor(head), factor)
-        scale = scale.repeat_interleave(theirs.config.n_embd // theirs.config.n_head)
-        block.attn.c_proj.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * scale,))
+    """Edit Hugging Face's model as a scale would: of one head where the site has several."""
+
+    def change(x: Tensor) -> Tensor:
+        scale = torch.ones(x.shape[2:] if x.ndim == 4 else (), dtype=torch.float64)
+        (scale[head] if x.ndim == 4 else scale).fill_(factor)
+        return x * scale
+
+    edit(theirs, site, layer, change)
 
 
 def value_of(model: GPT2, site: str, factor: float, head: int) -> float | Tensor:
     """The value of a scale that does the same."""
-    ones = torch.ones(model.config.n_head, dtype=torch.float64)
-    return ones.index_fill(0, torch.tensor(head), factor) if site == "head" else factor
+    if natives(model)[parameter_name(model, 0, site)].index is None:
+        return factor
+    return torch.ones(model.config.n_head, dtype=torch.float64).index_fill(0, torch.tensor(head), factor)
+
+
+EVERY_SITE = ("embedding", *SITES, "score")
+
+
+def drawn_law(model: GPT2, site: str, layer: int, ids: Tensor, seed: int) -> dict[str, Tensor]:
+    """A scale and a shift of every text, position and unit; of the scores a shift that knocks out one edge."""
+    generator, found = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    sizes = {"batch": len(ids)} | dict.fromkeys(("position", "query", "key"), ids.shape[1])
+    for name, native in natives(model).items():
+        if native.site == site and block_of(name) in (layer, -1):
+            shape = [sizes.get(word) or getattr(model.config, word) for word in native.shape]
+            found[name] = torch.randn(shape, dtype=torch.float64, generator=generator)
+    if site == "score":
+        next(iter(found.values()))[0, -1, -1, 0] = -torch.inf
+    return found
+
+
+def edit_by_law(theirs: Any, site: str, layer: int, values: dict[str, Tensor]) -> None:
+    """The same in Hugging Face's model."""
+    scale, shift = (next((of for name, of in values.items() if name.endswith(how)), None) for how in ("scale", "shift"))
+
+    def change(x: Tensor) -> Tensor:
+        factor = 1.0 if scale is None else scale[..., None] if x.ndim == scale.ndim + 1 else scale
+        return x * factor + (0.0 if shift is None else shift)
+
+    edit(theirs, site, layer, change)
+
+
+@pytest.mark.parametrize("site", EVERY_SITE)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_scales_and_shifts_match_a_correct_edit(
+    model: GPT2, ids: Tensor, tmp_path: Path, site: str, layer: int
+) -> None:
+    values, theirs = drawn_law(model, site, layer, ids, seed=layer), twin(model, tmp_path)
+    assert len(values) == (1 if site == "score" else 2)
+    edit_by_law(theirs, site, layer, values)
+    for name in values:
+        with scaled(model, {other: of for other, of in values.items() if other != name}):
+            assert worst(model, theirs, ids) > 1e-3, f"a run without {name} passes for one with it"
+    with scaled(model, values):
+        assert worst(model, theirs, ids) < EXACT
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minigpt import GPT2, Block, GPT2Config, Sweep, sweep
+from minigpt import GPT2, Block, GPT2Config, Sweep, passes, sweep
 from minigpt.parameters import Native
 from minigpt.selfcheck import CELL_ROUNDINGS, JUMP_ROUNDINGS, self_check
 from tests.conftest import SMALL, draw
@@ -82,7 +82,8 @@ class Idle(Block):
     native = (*Block.native, Native("gate_scale"))
 
 
-def test_a_scale_that_forward_never_uses_is_named() -> None:
+def test_a_scale_that_forward_never_uses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "check_used", lambda _job: None)  # which refuses such a sweep
     model = draw(GPT2Config(**SMALL), block=Idle)
     assert broken(model, sweep(model, TEXTS, (1, 2), FACTORS, "gate")) == [USED]
     assert self_check(model, sweep(model, TEXTS, (2,), FACTORS, "gate")).checks[0].claim.endswith("blocks.2.gate_scale")
@@ -104,7 +105,8 @@ class Early(Block):
         return self.output_scale * (u + self.mlp_scale * self.mlp(self.mlp_norm(u)))
 
 
-def test_a_scale_that_some_blocks_never_use_is_named() -> None:
+def test_a_scale_that_some_blocks_never_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "check_used", lambda _job: None)
     model = draw(GPT2Config(**SMALL), block=Early)
     (check,) = self_check(model, sweep(model, TEXTS, (0, 2, 3), FACTORS, "attention")).broken
     assert (check.claim, check.figure) == ("the model's forward uses blocks.2.attention_scale", 2)
