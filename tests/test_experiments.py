@@ -509,7 +509,7 @@ def test_a_site_whose_index_counts_neurons_has_a_column_of_that_name(neurons: GP
     (found,) = (row["value"] for row in rows if wanted.items() <= row.items())
     assert found == pytest.approx(expected, rel=1e-12)
     assert [verdict.to_json()["neuron"] for verdict in experiment.verdicts(study)] == [3] * 5 + [0] * 5
-    assert "neuron 3 of block 1" in "\n".join(experiment.lines(study, 100))
+    assert "gain of neuron 3 of block 1" in "\n".join(experiment.lines(study, 100))
 
 
 def test_a_list_of_entries_is_of_what_the_site_counts(neurons: GPT2) -> None:
@@ -550,7 +550,7 @@ def test_sensitivities_have_a_column_for_all_that_indices_count(neurons: GPT2) -
     assert lines[1] == [
         "layer",
         "mlp",
-        *" ".join(f"neuron {n}" for n in range(5)).split(),
+        *" ".join(f"gain of neuron {n}" for n in range(5)).split(),
         *["head", "0", "head", "1", "head", "2"],
     ]
     assert lines[4][6] == f"{found['gain', 4]:.4g}"
