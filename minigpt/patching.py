@@ -112,9 +112,9 @@ def patch(
     for word, axis, chosen in (("position", -2, positions), ("head", -1, heads)):
         if chosen is not None:
             there &= _chosen(f"{word}s", chosen, there, axis if of_heads else -2)
-    scale = torch.where(there, 1.0 - amount, 1.0).to(values)
-    shift = torch.where(there.unsqueeze(-1) if of_heads else there, amount * values, -0.0)
-    return {f"{site}_scale": scale, f"{site}_shift": shift.to(values)}
+    scale = torch.ones_like(there, dtype=values.dtype).masked_fill(there, 1.0 - amount)
+    elsewhere = ~there.unsqueeze(-1) if of_heads else ~there
+    return {f"{site}_scale": scale, f"{site}_shift": (amount * values).masked_fill(elsewhere, -0.0)}
 
 
 def _chosen(what: str, chosen: Iterable[int], there: Tensor, axis: int) -> Tensor:
