@@ -7,9 +7,9 @@ write nothing returns its input, so attention_scale = mlp_scale = 0 skips it. Th
 neighbouring depths is then exactly 0 there, and stands beside the clean run's elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -56,6 +56,9 @@ class SkipLayer(Experiment[Comparison]):
     name = "skip_layer"
     question = "A block is skipped: what do the others make of it?"
     options = SkipOptions
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = {
+        "skipAlayer": {"model": "gpt2", "layers": "5", "no_pairs": True}
+    }
     settings: SkipSettings
 
     @classmethod

@@ -15,7 +15,7 @@ from minigpt.parameters import Values
 from minigpt.passes import Cells, Progress, run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Result):
     """Some interventions beside the clean run of the same texts. The axes of its measures: intervention, place, batch.
 

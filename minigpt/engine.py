@@ -129,8 +129,11 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     if isinstance(texts, Tensor):
         full = texts.shape[1] if texts.ndim == 2 else 0  # another shape is refused by the config's check
         return texts, torch.full((len(texts),) if texts.ndim else (0,), full)
-    if not isinstance(texts, Sequence) or not all(map(_is_a_text, texts)):
-        raise ValueError("The texts are not lists of token ids; for a single text give [ids], a list that holds it.")
+    if not isinstance(texts, Sequence) or not all(map(is_a_text, texts)):
+        raise ValueError(
+            "The texts are not lists of token ids; for a single text give [ids], a list that holds it, with "
+            "ids = tokenizer.encode(text)."
+        )
     lengths = [len(text) for text in texts]
     if not lengths or not min(lengths):
         raise ValueError(
@@ -140,7 +143,7 @@ def padded(texts: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), torch.tensor(lengths)
 
 
-def _is_a_text(text: object) -> bool:
+def is_a_text(text: object) -> bool:
     """Whether something is a list of whole numbers."""
     if not isinstance(text, Sequence) or isinstance(text, str):
         return False

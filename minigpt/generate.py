@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minigpt.cache import KeyValueCache
+from minigpt.engine import is_a_text
 from minigpt.model import GPT2
 from minigpt.parameters import TEXT_AXES, current, natives, not_neutral
 
@@ -123,6 +124,10 @@ def _check(
     top_p: float | None,
     seed: int | None,
 ) -> None:
+    if not is_a_text(ids):
+        raise ValueError(
+            f"The prompt is a {type(ids).__name__}; expected a list of token ids, such as tokenizer.encode(text)."
+        )
     room = model.config.n_positions - len(ids)
     if not ids:
         raise ValueError("The prompt is empty; give at least one token, such as <|endoftext|>.")

@@ -303,13 +303,20 @@ def tidy(axes: Sequence[Labels], values: Tensor) -> Iterator[dict[str, Any]]:
             yield {**{column: of for label in labels for column, of in label.items()}, "value": value}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Some runs beside their clean run: what `sweep`, `compare` and `sensitivity` return."""
 
     ids: Tensor
     """The texts, padded on the right: [batch, position]."""
     statistics: Statistics
+
+    def __repr__(self) -> str:
+        runs, (texts, most) = " x ".join(str(len(labels)) for labels in self.axes), self.ids.shape
+        return (
+            f"<{type(self).__name__}: {runs} runs beside the clean one, {len(self.places)} places, {texts} texts of up "
+            f"to {most} tokens; .measure(name, positions) of {', '.join(self.measures)}>"
+        )
 
     @property
     def axes(self) -> tuple[Labels, ...]:

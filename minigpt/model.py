@@ -237,6 +237,12 @@ def block_named(name: str) -> type[Block]:
     return found
 
 
+def check_block(block: object) -> None:
+    """Raise ValueError for what no model can be made of."""
+    if not (isinstance(block, type) and issubclass(block, Block)):
+        raise ValueError(f"block is {block!r}; expected a subclass of minigpt.Block, the class itself.")
+
+
 def block_name(block: type[Block]) -> str | None:
     """What `block_named` takes and a checkpoint states: package.module:Name; None for GPT-2's own block."""
     return None if block is Block else f"{block.__module__}:{block.__qualname__}"
@@ -285,6 +291,7 @@ class GPT2(NativeModule):
 
     def __init__(self, config: GPT2Config, block: type[Block] = Block) -> None:
         super().__init__()
+        check_block(block)
         self.config, self.block = config, block
         declare(self, self.native, config)
         self.source: checkpoint.Source | None = None
@@ -376,6 +383,7 @@ class GPT2(NativeModule):
         parameters; one that was saved with a block of one's own names it, and needs it here.
         Raises CheckpointError, listing all that is wrong. `model.source` then says where the weights came from.
         """
+        check_block(block)
         found = hub.find(name_or_path, revision, local_files_only)
         config, stored = read_config(found.directory / checkpoint.CONFIG)
         checkpoint.check_block(found.directory, stored, block_name(block))

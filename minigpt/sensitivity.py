@@ -38,7 +38,7 @@ class Scale:
     """Of the site's entry, such as a head, where the site has several."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity(Result):
     """How measures start to move with log s, for every scale s of a model by itself.
 

@@ -24,7 +24,7 @@ DEFAULT_FACTORS = tuple(round(0.5 + 0.05 * step, 2) for step in range(21))
 """0.5 to 1.5 in steps of 0.05."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep(Result):
     """A grid of scaled runs beside their clean run. The axes of its measures: layer, factor, place, batch."""
 
@@ -243,8 +243,9 @@ def _entries(
 
 def _checked_factors(factors: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
     """The factors as numbers, or a ValueError for what is none, is there twice, or is 1 in the model's type."""
-    if not isinstance(factors, Iterable):
-        raise ValueError(f"The factors are {factors!r}; expected several, such as [{factors!r}].")
+    if isinstance(factors, str) or not isinstance(factors, Iterable):
+        example = [0.5, 2.0] if isinstance(factors, str) else [factors]
+        raise ValueError(f"The factors are {factors!r}; expected several numbers, such as {example}.")
     numbers = tuple(map(float, factors))
     if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
         raise ValueError(f"The factors are {numbers}; expected at least one, all finite, none twice.")
@@ -260,5 +261,6 @@ def _in_range(what: str, chosen: Iterable[int] | None, count: int) -> tuple[int,
         raise ValueError(f"The {what}s are {chosen!r}; expected several, such as [{chosen!r}].")
     indices = tuple(range(count)) if chosen is None else tuple(map(operator.index, chosen))
     if not indices or len(set(indices)) < len(indices) or not all(0 <= index < count for index in indices):
-        raise ValueError(f"The {what}s are {indices}; expected different numbers from 0 to {count - 1}.")
+        named = ", ".join(map(str, indices)) or "none"
+        raise ValueError(f"The {what}s are {named}; expected different numbers from 0 to {count - 1}.")
     return indices

@@ -69,6 +69,10 @@ class Tokenizer:
         Raises ValueError for a text that is not valid Unicode, and for one that these ids would not give back:
         not every tokenizer.json keeps every letter.
         """
+        if not isinstance(text, str):
+            raise ValueError(
+                f"The text is a {type(text).__name__}; expected a string. Encode one text after the other."
+            )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -84,7 +88,14 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids, special tokens included; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for what is no list of ids, and for ids that the tokenizer does not have.
+        """
+        if not isinstance(ids, list):
+            raise ValueError(
+                f"The ids are a {type(ids).__name__}; expected a list of numbers, such as ids[0].tolist()."
+            )
         with _refusing(ValueError, "This tokenizer cannot decode the ids", "Take the one that the model came with."):
             return self.backend.decode(ids, skip_special_tokens=False)
 

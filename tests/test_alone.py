@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt import GPT2, Block, GPT2Config, compare, engine, passes, scaled, sensitivity, sweep
+from minigpt import GPT2, Block, GPT2Config, Tokenizer, compare, engine, generate, passes, scaled, sensitivity, sweep
 from minigpt.engine import Job
 from minigpt.model import MLP, Attention
 from minigpt.parameters import Native
 from tests.blocks import BLOCKS, Neurons
-from tests.conftest import SMALL, draw
+from tests.conftest import SMALL, TINY, draw
 
 TEXTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6]]
 LONG = [[number * 7 % 90 for number in range(24)]]
@@ -425,7 +425,10 @@ def test_derivatives_go_through_a_mixture_of_ones_own(model: GPT2) -> None:
         (lambda model: sweep(model, [[True, False, True]]), "not lists of token ids"),
         (lambda model: sweep(model, None), "not lists of token ids"),
         (lambda model: sweep(model, TEXTS, layers=2), r"layers are 2; expected several, such as \[2\]"),
-        (lambda model: sweep(model, TEXTS, factors=0.5), r"factors are 0\.5; expected several, such as \[0\.5\]"),
+        (
+            lambda model: sweep(model, TEXTS, factors=0.5),
+            r"factors are 0\.5; expected several numbers, such as \[0\.5\]",
+        ),
         (lambda model: sweep(model, TEXTS, positions=0), "positions are 0; expected several"),
         (
             lambda model: compare(model, TEXTS, HALVED[0]),
@@ -434,11 +437,48 @@ def test_derivatives_go_through_a_mixture_of_ones_own(model: GPT2) -> None:
         (lambda model: compare(model, TEXTS, [[("blocks.1.output_scale", 0.5)]]), "not a list of dicts"),
         (lambda model: compare(model, TEXTS, [{"blocks.1.output_scale": 1j}]), "expected real numbers"),
         (lambda model: compare(model, TEXTS, [{"blocks.1.output_scale": 10**400}]), "expected a number"),
+        (
+            lambda model: sweep(model, TEXTS, factors="0.5:1.5"),
+            r"'0\.5:1\.5'; expected several numbers, such as \[0\.5, 2",
+        ),
+        (
+            lambda model: sweep(model, TEXTS, positions=(1, 40)),
+            "positions are 1, 40; expected different numbers from 0",
+        ),
+        (lambda model: sweep(model, "The old man"), r"ids = tokenizer\.encode\(text\)"),
+        (
+            lambda model: next(generate(model, torch.tensor(TEXTS[:1]), 2)),
+            "prompt is a Tensor; expected a list of token",
+        ),
+        (lambda model: next(generate(model, "The old", 2)), "prompt is a str; expected a list of token ids"),
+        (
+            lambda model: GPT2(model.config, block="Parallel"),
+            "block is 'Parallel'; expected a subclass of minigpt.Block",
+        ),
+        (
+            lambda _: GPT2.from_pretrained(TINY, block=Block(GPT2Config(**SMALL), 0)),
+            r"expected a subclass of minigpt\.Block, the class",
+        ),
+        (lambda _: Tokenizer.from_pretrained(TINY).encode(["a"]), "text is a list; expected a string"),
+        (
+            lambda _: Tokenizer.from_pretrained(TINY).decode(torch.tensor([1])),
+            "ids are a Tensor; expected a list of numb",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence(model: GPT2, ask: Callable[[GPT2], object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ask(model)
+
+
+def test_a_result_says_in_a_line_what_it_is(model: GPT2) -> None:
+    said = {
+        repr(sweep(model, TEXTS, (0, 2), (0.5, 1.0, 2.0))),
+        repr(compare(model, TEXTS, HALVED)),
+        repr(sensitivity(model, TEXTS)),
+    }
+    assert all(len(line) < 400 and "\n" not in line and "frobenius" in line for line in said)
+    assert any("<Sweep: 2 x 3 runs beside the clean one, 6 places, " in line for line in said)
 
 
 def test_a_single_site_may_be_named_without_a_list(model: GPT2) -> None:

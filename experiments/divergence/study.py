@@ -7,11 +7,11 @@ part6_hiddenStates_scalingImpact). Parity with Hugging Face is certified first; 
 against what must be true of any weights; then five claims about the change get a verdict each.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -90,6 +90,15 @@ class Divergence(Experiment[Runs]):
     name = "divergence"
     question = "A block's output is scaled: does the change heal or grow on its way to the last layer?"
     options = GridOptions
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = {
+        "hiddenStates_scalingImpact": {
+            "model": "gpt2",
+            "prompt": "Duct tape will very useful after the apocalypse.",
+            "layers": "2",
+            "factors": "0.5:1.5:0.05",
+            "site": "output",
+        }
+    }
     settings: GridSettings
 
     @classmethod

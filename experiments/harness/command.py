@@ -35,7 +35,18 @@ def command(kind: type[Experiment[Any]]) -> Callable[[], None]:
     shared, made = {field.name for field in fields(Options)}, parsed.callback or kind.options
     parsed.params.sort(key=lambda parameter: parameter.name in shared)
     parsed.callback = lambda **given: _main(kind, made(**given))
+    lecture = next(parameter for parameter in parsed.params if parameter.name == "lecture")
+    lecture.is_eager, lecture.callback = True, lambda context, _option, name: _as_in_the_lecture(kind, context, name)
     return parsed
+
+
+def _as_in_the_lecture(kind: type[Experiment[Any]], context: Any, name: str | None) -> str | None:
+    """Take a lecture's settings for defaults. Raises ValueError for a lecture that the experiment does not know."""
+    if name is not None and name not in kind.lectures:
+        known = ", ".join(kind.lectures) or "none"
+        raise ValueError(f"--lecture {name}: {kind.name} reproduces {known}; docs/lectures.md lists the others.")
+    context.default_map = dict(kind.lectures[name]) if name else None
+    return name
 
 
 def start(main: Callable[[], None]) -> None:
@@ -47,6 +58,8 @@ def _main(kind: type[Experiment[Any]], options: Options) -> None:
     if options.matmul_precision not in PRECISIONS:
         expected = ", ".join(PRECISIONS)
         raise ValueError(f"--matmul-precision is {options.matmul_precision!r}; expected one of {expected}.")
+    if options.texts and options.lecture:
+        raise ValueError("--lecture brings a prompt, and --texts was given; a run takes one of them.")
     if options.texts and options.prompt is not None:
         raise ValueError("--prompt and --texts were both given; a run takes one of them.")
     torch.set_float32_matmul_precision(options.matmul_precision)

@@ -9,7 +9,7 @@
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -199,6 +199,8 @@ class Experiment(ABC, Generic[Raw]):
     """In one sentence: the report's title."""
     options: ClassVar[type[Options]] = Options
     """The options of its command line."""
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = {}
+    """What `--lecture NAME` sets: options and their values. What is typed beside it wins."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

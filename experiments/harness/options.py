@@ -47,6 +47,9 @@ class Options:
     offline: cli.Offline = False
     no_parity: Annotated[bool, typer.Option("--no-parity", help="run a model that is not certified")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another run's results")] = False
+    lecture: Annotated[
+        str | None, typer.Option(help="the model, prompt and settings of a lecture: docs/lectures.md names them")
+    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing")] = False
 
 

@@ -11,7 +11,7 @@ the tokens and only sharpen the distribution: the best one is fitted, and what i
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -88,6 +88,15 @@ class TokenLoss(Experiment[Runs]):
     name = "token_loss"
     question = "One layer is scaled: what becomes of the loss, and of the token that should come?"
     options = LossOptions
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = {
+        "CCscalingTargetLoss": {
+            "model": "gpt2-medium",
+            "prompt": "I have no special talent. I am only passionately",
+            "target": " curious",
+            "factors": "0.6",
+            "site": "output",
+        }
+    }
     settings: LossSettings
 
     @classmethod
@@ -285,8 +294,9 @@ class TokenLoss(Experiment[Runs]):
         named = (
             f"{study.tokens[changes.axes['position'][index]]!r} {change:+.3g}"
             for change, index in zip(worst.values, worst.indices.tolist(), strict=True)
+            if change > 0
         )
-        yield f"tokens that suffer most, mean over the layers, nats: {', '.join(named)}"
+        yield f"tokens that suffer most, mean over the layers, nats: {', '.join(named) or 'none'}"
 
     def figures(self, study: Study[Runs]) -> Figures:
         """The report's charts."""
