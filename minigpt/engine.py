@@ -100,6 +100,16 @@ class Job:
         """How many places there are."""
         return len(self.model.blocks) + 2
 
+    @cached_property
+    def value_numbers(self) -> int:
+        """How many numbers the values of a run hold for each token in one block, at the most."""
+        most = dict[str, int]()
+        for run in self.runs:
+            for name, value in run.items():
+                most[name] = max(most.get(name, 0), _per_token(value, self.declared[name]))
+        blocks = range(-1, len(self.model.blocks))
+        return max(sum(count for name, count in most.items() if block_of(name) == layer) for layer in blocks)
+
     def refuse(self, what: str, run: int | None) -> NoReturn:
         """Raise StreamOverflowError, in a sentence that names the run, None being the clean one."""
         whose = "in the clean run" if run is None else f"under {self.named(run)}"
@@ -117,6 +127,14 @@ def _checked_tokens(tokens: Tensor | Sequence[Any], texts: int, size: int) -> Te
     if not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < size:
         raise ValueError(f"The tokens are {found.tolist()}; expected at least one, from 0 to {size - 1}.")
     return found.expand(texts, -1)
+
+
+def _per_token(value: Tensor, native: Native) -> int:
+    """How many numbers a value holds for a token; 0 of one number for all."""
+    behind = [
+        size for size, word in zip(value.shape, native.shape, strict=True) if word not in ("batch", "position", "query")
+    ]
+    return math.prod(behind) if value.numel() > 1 else 0
 
 
 def predict_logits(model: GPT2, streams: Tensor, ids: Tensor, lengths: Tensor) -> Predictions:

@@ -225,8 +225,9 @@ def estimate_bytes(job: Job, texts: int, positions: int, rows: int) -> int:
     """What a pass of so many rows takes at its peak, the model itself left out.
 
     The streams of all rows; of one slab, and of the clean row, what the block's linear maps make, and the differences;
-    the numbers per position; and what oneDNN takes to rearrange a weight. Memory that one sublayer frees does not
-    always serve the next, so both count. With tangents there are two of every number.
+    values that are tensors, stacked, and what they make; the numbers per position; and what oneDNN takes to rearrange a
+    weight. Memory that one sublayer frees does not always serve the next, so both count. With tangents there are two of
+    every number.
     """
     model, tokens = job.model, texts * positions
     width, streams = model.config.n_embd, 1 + job.tangents
@@ -235,6 +236,7 @@ def estimate_bytes(job: Job, texts: int, positions: int, rows: int) -> int:
     activations = slab * (2 * sum(out for _, out in linear) + 12 * width)
     activations += tokens * (sum(given + out for given, out in linear) + 12 * width)  # what is kept of the clean row
     kept = rows * tokens * width
+    activations += 3 * slab * job.value_numbers
     rearranged = max((given * out for given, out in linear), default=0)
     in_float64 = 2 * slab * width + 2 * rows * tokens * (4 + 2 * len(WRITERS))
     in_float64 += prediction_numbers(rows, tokens, model.config.vocab_size) if job.predict else 0

@@ -50,6 +50,22 @@ def test_a_slab_holds_one_row_at_least(small: Callable[..., GPT2], monkeypatch: 
     assert estimate_bytes(job_of(small()), 1, 8, 4) == counted(8, 4, 1, 8)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "numbers"),
+    [
+        ({"blocks.1.output_shift": (1, 8, 36)}, 36),
+        ({"blocks.1.output_shift": (36,), "blocks.1.mlp.neuron_shift": (3, 1, 144), "blocks.2.mlp_shift": (36,)}, 180),
+        ({"blocks.2.attention.score_shift": (1, 3, 8, 8)}, 24),
+        ({"embedding_scale": (1, 8, 1), "embedding_shift": (1, 8, 36)}, 37),
+    ],
+)
+def test_values_that_are_tensors_come_on_top(model: GPT2, shapes: dict[str, tuple[int, ...]], numbers: int) -> None:
+    job = job_of(
+        model, runs=[{name: torch.ones(shape)} for name, shape in shapes.items()] + [{"blocks.3.mlp_scale": 0.0}]
+    )
+    assert estimate_bytes(job, 1, 8, 3) == counted(8, 3, 3, 8) + 3 * 3 * 8 * numbers * 8
+
+
 def test_predictions_and_tangents_come_on_top(model: GPT2) -> None:
     plain = estimate_bytes(job_of(model), 1, 8, 2)
     asked = estimate_bytes(job_of(model, predictions=True), 1, 8, 2)

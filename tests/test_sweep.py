@@ -163,9 +163,14 @@ site, texts, length, predictions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3
 model = GPT2(GPT2Config(n_embd=384, n_layer=3, n_head=6, n_positions=length, vocab_size=4096))
 heads = [torch.ones(6).index_fill(0, torch.tensor(head), 0.0) for head in range(6)]
 values = heads if site == "head" else [0.5 + 0.1 * i for i in range(9)]
-runs = [{parameter_name(model, layer, site): value} for layer in range(3) for value in values]
+names = [parameter_name(model, layer, site) for layer in range(3)]
+runs = [{name: value} for name in names for value in values]
+if site == "neuron":  # patched: a scale at every position, and a shift of every neuron there
+    shift, scale = torch.randn(1, length, 1536), torch.rand(1, length, 1)
+    runs = [{name: scale, name.replace("scale", "shift"): shift} for name in names for _ in range(9)]
 ids = torch.zeros(texts, length, dtype=torch.long)
-for _ in plan(Job.checked(model, ids[:, :8], runs, predictions), None)[0].places():
+scalars = [{name: 0.5} for name in names]
+for _ in plan(Job.checked(model, ids[:, :8], scalars, predictions), None)[0].places():
     pass  # what every process loads once
 job = Job.checked(model, ids, runs, predictions)
 (part,) = plan(job, None)
@@ -181,7 +186,13 @@ print((kilobytes("VmHWM") - before) * 1024 / estimate)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("site", "texts", "length", "predictions"),
-    [("output", 1, 1024, False), ("head", 2, 128, False), ("mlp", 8, 128, False), ("mlp", 8, 128, True)],
+    [
+        ("output", 1, 1024, False),
+        ("head", 2, 128, False),
+        ("mlp", 8, 128, False),
+        ("mlp", 8, 128, True),
+        ("neuron", 1, 512, False),
+    ],
 )
 def test_the_measured_peak_is_at_most_a_little_above_the_estimate(
     site: str, texts: int, length: int, predictions: bool
