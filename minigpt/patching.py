@@ -48,7 +48,7 @@ def record(model: GPT2, ids: Tensor | Sequence[Sequence[int]], sites: Iterable[s
             assert isinstance(module, NativeModule)
             keep = partial(_keep, module.act, found, site, leaf)
             replacements.enter_context(replaced(module, "act", keep))
-        last = max((block_of(site) for site in chosen), default=-1)
+        last = max(map(block_of, chosen))
         for _ in islice(model.depths(texts.to(model.device)), last + 2):
             pass
     if missing := [site for site in chosen if site not in found]:
@@ -73,8 +73,10 @@ def _keep(
     return out
 
 
-def _check_sites(model: GPT2, sites: Iterable[str]) -> None:
+def _check_sites(model: GPT2, sites: Sequence[str]) -> None:
     known = list(dict.fromkeys(name.rpartition("_")[0] for name in natives(model)))
+    if not sites:
+        raise ValueError("There is no site to record; give some, such as ['blocks.3.output'].")
     for site in sites:
         if site.endswith("attention.score"):
             raise ValueError(f"{site} is never stored; `model.attention_patterns` gives what the scores come to.")
@@ -126,7 +128,7 @@ def _chosen(what: str, chosen: Iterable[int], there: Tensor, axis: int) -> Tenso
         )
     mask = torch.zeros(size, dtype=torch.bool, device=there.device)
     mask[indices] = True
-    return mask.view(-1, *(1,) * (-1 - axis))
+    return mask if axis == -1 else mask.unsqueeze(-1)
 
 
 def freeze(

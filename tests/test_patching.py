@@ -365,6 +365,7 @@ WRONG = {
         lambda model, ids: record(model, ids, ["blocks.9.output"]),
         "There is no site 'blocks.9.output'",
     ),
+    "no site": (lambda model, ids: record(model, ids, []), "There is no site to record; give some, such as"),
     "scores": (
         lambda model, ids: record(model, ids, ["blocks.1.attention.score"]),
         "blocks.1.attention.score is never stored; `model.attention_patterns` gives",
@@ -423,6 +424,13 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(model: GPT2, ids: Tensor, 
     call, said = WRONG[case]
     with pytest.raises(ValueError, match=re.escape(said)):
         call(model, ids)
+
+
+def test_the_four_nearest_sites_are_named(model: GPT2, ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="the nearest ones are") as refused:
+        record(model, ids, ["blocks.1.outputs"])
+    named = str(refused.value).partition("nearest ones are ")[2].removesuffix(".").split(", ")
+    assert len(named) == 4 and named[0] == "blocks.1.output"
 
 
 def test_a_law_is_a_scale_and_a_shift_of_one_site() -> None:

@@ -32,6 +32,7 @@ def test_a_logit_difference_is_of_two_tokens_or_of_two_means() -> None:
     for tokens, said in (
         ([], "The tokens are []"),
         (4, "The tokens are [4]; expected some from 0 to 3"),
+        ([5], "[5]"),
         ([-1], "[-1]"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
@@ -45,7 +46,7 @@ def test_the_lens_reads_every_depth_through_the_final_norm_and_ends_with_the_mod
     model: GPT2, ids: Tensor
 ) -> None:
     found = list(logit_lens(model, ids))
-    assert len(found) == 5
+    assert len(found) == 5 and not found[0].requires_grad
     norm, weight = model.final_norm, model.unembed.weight
     for depth, (logits, x) in enumerate(zip(found, model.residuals(ids), strict=True)):
         centred = x - x.mean(-1, keepdim=True)
@@ -84,6 +85,11 @@ def test_contributions_add_up_to_the_logits(
         of_block = ("attention.head", "attention.projection.bias", "mlp")
         names += [f"blocks.{layer}.{name}" for name in of_block]
     assert list(found) == [*names, *([] if block is RMSNorm else ["final_norm.bias"])]
+
+
+def test_a_difference_of_a_token_from_itself_is_made_of_nothing(model: GPT2, ids: Tensor) -> None:
+    found = direct_attribution(model, ids, torch.tensor(7), torch.tensor(7))
+    assert not any(of.any() for of in found.values())
 
 
 def test_each_contribution_is_its_write_through_the_norm_held_fixed(model: GPT2, ids: Tensor) -> None:
@@ -190,6 +196,12 @@ def test_attributions_of_several_sites_are_those_of_each_alone(model: GPT2, ids:
         torch.testing.assert_close(both[site], alone, **SAME)
     with torch.inference_mode():
         torch.testing.assert_close(attribution_patching(model, ids, values, difference), both, **SAME)
+
+
+def test_a_metric_that_does_not_read_the_logits_is_attributed_to_nobody(model: GPT2, ids: Tensor) -> None:
+    values = record(model, OTHER, ["blocks.1.output"])
+    found = attribution_patching(model, ids, values, lambda _: torch.ones(1, requires_grad=True))
+    assert not found["blocks.1.output"].any()
 
 
 def test_an_attribution_to_the_run_itself_is_nothing(model: GPT2, ids: Tensor) -> None:
