@@ -34,7 +34,7 @@ EXPERIMENTS = (
     ("harness.table", "harness.options", "harness.output", "harness.ranks", "harness.digest"),
     ("harness.verdicts", "harness.corpus"),
     ("harness.experiment",),
-    ("harness.running",),
+    ("harness.running", "harness.pairs"),
     ("harness.writing",),
     ("harness.command",),
     ("divergence.rows", "token_loss.figures"),
