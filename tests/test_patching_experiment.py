@@ -489,6 +489,14 @@ def test_a_pair_that_differs_in_its_last_token_has_no_such_edge() -> None:
 # Undefined shares, and corpora.
 
 
+def test_no_change_is_no_share_without_a_sign() -> None:
+    for gap in (2.0, -2.0):
+        for nothing in (0.0, -0.0):
+            assert str(float(pairs.share_of(torch.tensor(nothing), gap))) == "0.0"
+    assert float(pairs.share_of(torch.tensor(1.0), -2.0)) == -0.5
+    assert math.isnan(float(pairs.share_of(torch.tensor(1.0), -0.09)))
+
+
 @pytest.mark.parametrize("kind", [Patching, Knockout])
 def test_shares_of_hardly_any_gap_are_undefined_in_words(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "LEAST_GAP", 1e9)

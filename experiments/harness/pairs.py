@@ -279,7 +279,9 @@ def differences(model: GPT2, pair: Pair) -> tuple[float, float]:
 
 def share_of(change: torch.Tensor, gap: float) -> torch.Tensor:
     """A change of the logit difference as a share of the gap; not a number where that is below `LEAST_GAP`."""
-    return change / gap if abs(gap) >= LEAST_GAP else torch.full_like(change, torch.nan)
+    if abs(gap) < LEAST_GAP:
+        return torch.full_like(change, torch.nan)
+    return change / gap + 0.0  # nothing of a negative gap is -0.0, which reads badly
 
 
 class PairExperiment(Experiment[Raw]):
