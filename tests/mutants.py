@@ -59,6 +59,9 @@ QUICK = {
     "experiments/token_loss/study.py": ("test_verdicts", "test_experiments"),
     "experiments/skip_layer.py": ("test_experiments",),
     "experiments/behaviour.py": ("test_behaviour",),
+    "experiments/harness/pairs.py": ("test_patching_experiment",),
+    "experiments/patching.py": ("test_patching_experiment",),
+    "experiments/knockout.py": ("test_patching_experiment",),
     "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
@@ -99,6 +102,9 @@ OTHERS = {
     "experiments/token_loss/study.py": ("test_charts",),
     "experiments/skip_layer.py": ("test_charts",),
     "experiments/behaviour.py": ("test_train",),
+    "experiments/harness/pairs.py": ("test_house",),
+    "experiments/patching.py": ("test_house",),
+    "experiments/knockout.py": ("test_house",),
     "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Texts:
     """Pieces of fewer tokens are skipped."""
 
     @classmethod
-    def of(cls, path: Path, column: str, window: int, limit: int | None, shortest: int = 2) -> "Texts":
+    def of(cls, path: Path, column: str, window: int, limit: int | None, shortest: int = 2) -> Self:
         """Raises ValueError for a file that is not there and for numbers that leave nothing to measure."""
         if not path.is_file():
             raise ValueError(f"--texts {path} is not a file; give a .txt, .jsonl or .csv file.")

@@ -218,6 +218,10 @@ class Experiment(ABC, Generic[Raw]):
         """The prompt's token ids. Raises ValueError for one that leaves nothing to measure, or is too long."""
         return encode_prompt(tokenizer, self.settings.prompt or "", n_positions)
 
+    def shown(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of the encoded prompt that terminal, page and summary show; here all of them."""
+        return list(ids)
+
     @abstractmethod
     def run(self, model: GPT2, ids: Ids, alone: bool) -> Raw:
         """Run some texts; `alone` says that they are the one prompt, of which a report can show more."""

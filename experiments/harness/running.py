@@ -41,7 +41,7 @@ def run_prompt(experiment: Experiment[Raw], model: GPT2, tokenizer: Tokenizer) -
     tried = _tried(experiment, model, [ids], certificate, alone=True)
     tables = _with_errors(of_text(tried.tables), tried.errors)
     _still_certified(certificate, model)
-    about, tokens = describe(model), tokenizer.tokens(ids)
+    about, tokens = describe(model), tokenizer.tokens(experiment.shown(ids))
     return Study(settings, about, tokens, {}, tried.checked, tables, tried.raw, tokenizer, code, tried.said)
 
 

@@ -178,3 +178,15 @@ def bars_by_layer(
         marks.append(chart.mark_rule(strokeWidth=2).encode(**rule, y=alt.Y("low:Q"), y2=alt.Y2("high:Q")))
     zero = alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")
     return _params(alt.layer(*marks, zero), params)
+
+
+def points(data: str, filters: Sequence[Filter], titles: Sequence[str], params: Mapping[str, Any]) -> dict[str, Any]:
+    """A point for each row, at its numbers `x` and `y`, which `titles` name; a dashed line where both are equal."""
+    x, y = (alt.Axis(title=title, grid=True) for title in titles)
+    tooltip = [alt.Tooltip("place:N"), *(alt.Tooltip(f"{name}:Q", title=title, format=".4g")
+               for name, title in zip("xy", titles, strict=True))]  # fmt: skip
+    chart = _chart(data, filters)
+    drawn = chart.mark_point(filled=True, size=40, opacity=0.7, color=PAIR[0])
+    drawn = drawn.encode(x=alt.X("x:Q", axis=x), y=alt.Y("y:Q", axis=y), tooltip=tooltip)
+    equal = chart.mark_line(strokeDash=[4, 4], color=TWO_AND_BOTH[2]).encode(x="x:Q", y=alt.Y("x:Q"))
+    return _params(alt.layer(equal, drawn), params)
