@@ -58,6 +58,7 @@ QUICK = {
     "experiments/skip_layer.py": ("test_experiments",),
     "experiments/behaviour.py": ("test_behaviour",),
     "experiments/ablation.py": ("test_ablation",),
+    "experiments/lens.py": ("test_lens",),
     "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
@@ -83,6 +84,7 @@ OTHERS = {
     "experiments/skip_layer.py": ("test_charts",),
     "experiments/behaviour.py": ("test_train",),
     "experiments/ablation.py": ("test_experiments",),
+    "experiments/lens.py": ("test_experiments",),
     "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""

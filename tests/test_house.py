@@ -39,7 +39,7 @@ EXPERIMENTS = (
     ("harness.command",),
     ("divergence.rows", "token_loss.figures"),
     ("divergence.claims", "divergence.figures"),
-    ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour", "ablation"),
+    ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour", "ablation", "lens"),
     ("divergence.__main__", "token_loss.__main__"),
     ("tour.charts", "tools.peers", "tools.train"),
     ("tour.tour", "tools.benchmark"),
