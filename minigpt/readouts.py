@@ -120,13 +120,15 @@ def attribution_patching(
     ids: Tensor | Sequence[Sequence[int]],
     values: Mapping[str, Tensor],
     metric: Callable[[Tensor], Tensor],
+    by_coordinate: bool = False,
 ) -> dict[str, Tensor]:
     """What patching every entry of some sites would do to a metric, to first order, from one derivative.
 
     `values` are what to patch with, by site, as `record` gives them. `metric` makes numbers of the logits [batch,
     position, vocab]; their sum is differentiated, by the sites' shifts. Returns, for every site, (value - clean) times
     the derivative, summed over the last axis: [batch, position], for heads [batch, position, n_head]
-    (Nanda 2023, "Attribution patching"). It says nothing of what is not linear: compare it with `patch`.
+    (Nanda 2023, "Attribution patching"). With `by_coordinate` nothing is summed: at a site of neurons every neuron has
+    its own, [batch, position, mlp_width]. It says nothing of what is not linear: compare it with `patch`.
 
     Raises ValueError as `record` does.
     """
@@ -137,6 +139,5 @@ def attribution_patching(
         with scaled(model, {f"{site}_shift": shift for site, shift in shifts.items()}):
             total = metric(model(texts.clone())).sum()
         gradients = torch.autograd.grad(total, list(shifts.values()), materialize_grads=True)
-    return {
-        site: ((values[site] - clean[site]) * gradient).sum(-1) for site, gradient in zip(clean, gradients, strict=True)
-    }
+    found = {site: (values[site] - clean[site]) * gradient for site, gradient in zip(clean, gradients, strict=True)}
+    return found if by_coordinate else {site: of.sum(-1) for site, of in found.items()}

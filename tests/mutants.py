@@ -62,6 +62,8 @@ QUICK = {
     "experiments/harness/pairs.py": ("test_patching_experiment",),
     "experiments/patching.py": ("test_patching_experiment",),
     "experiments/knockout.py": ("test_patching_experiment",),
+    "experiments/ablation.py": ("test_ablation",),
+    "experiments/lens.py": ("test_lens",),
     "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
@@ -105,6 +107,8 @@ OTHERS = {
     "experiments/harness/pairs.py": ("test_house",),
     "experiments/patching.py": ("test_house",),
     "experiments/knockout.py": ("test_house",),
+    "experiments/ablation.py": ("test_experiments",),
+    "experiments/lens.py": ("test_experiments",),
     "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""

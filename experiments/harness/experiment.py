@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -61,6 +61,13 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as a summary holds them."""
         return json.loads(json.dumps(asdict(self)))
+
+
+class Pair(NamedTuple):
+    """Two tokens after a prompt, whose logits are subtracted: the answer's less the foil's."""
+
+    answer: int
+    foil: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,33 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, n_positions: int) -> list[i
     if len(ids) > n_positions:
         raise ValueError(f"The prompt has {len(ids)} tokens; the model has {n_positions} positions: shorten it.")
     return ids
+
+
+def one_token(tokenizer: Tokenizer, text: str, option: str) -> int:
+    """The token that an option names. Raises ValueError for a text of several, or of none."""
+    ids = tokenizer.encode(text)
+    if len(ids) == 1:
+        return ids[0]
+    parts, spaced = " | ".join(tokenizer.tokens(ids)), f" {text}"
+    hint = f": {spaced!r} is one" if len(tokenizer.encode(spaced)) == 1 else ""
+    raise ValueError(f"{option} {text!r} is {len(ids)} tokens ({parts}); give one token{hint}.")
+
+
+def pair_of(begin: Start[Any]) -> Pair | None:
+    """The tokens of --answer and --foil, where they were given.
+
+    Raises ValueError for one without the other, over a corpus, and for what is not one token.
+    """
+    options = begin.options
+    if options.answer is None and options.foil is None:
+        return None
+    if options.texts:
+        raise ValueError("--answer and --foil belong to a prompt; over a corpus every text goes on in its own way.")
+    if options.answer is None or options.foil is None:
+        given, missing = ("--foil", "--answer") if options.answer is None else ("--answer", "--foil")
+        raise ValueError(f"{given} was given without {missing}; a logit difference takes two tokens: give both.")
+    answer, foil = (one_token(begin.tokenizer, getattr(options, name), f"--{name}") for name in Pair._fields)
+    return Pair(answer, foil)
 
 
 @dataclass(frozen=True)

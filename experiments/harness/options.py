@@ -53,6 +53,14 @@ class Options:
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing")] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(Options):
+    """Options of an experiment that subtracts the logits of two tokens after a prompt."""
+
+    answer: Annotated[str | None, typer.Option(help="the token after the prompt whose logit counts")] = None
+    foil: Annotated[str | None, typer.Option(help="the token whose logit is subtracted from the answer's")] = None
+
+
 def parse_indices(text: str, count: int, what: str, option: str = "") -> tuple[int, ...]:
     """`2`, `2,5`, `0:11:1` or `all`: of layers, positions, or the entries of a site, such as heads.
 

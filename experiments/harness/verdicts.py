@@ -160,6 +160,16 @@ def all_of(true: Tensor, false: Tensor) -> Outcome:
     return "does not hold" if bool(false.any()) else "undecided"
 
 
+def judged(figure: Table, threshold: float, holds: str, fails: str, evidence: str, **more: Table) -> Decision:
+    """The decision about a claim that one figure is above a threshold; `more` are the figures to keep, by name."""
+    outcome = all_of(above(figure, threshold), below(figure, threshold))
+    undecided = "The interval includes the threshold, so it is undecided."
+    if bool(figure.value.isnan()):
+        undecided = "The figure is undefined here, so it decides nothing."
+    sentence = {"holds": holds, "does not hold": fails, "undecided": undecided}[outcome]
+    return Decision(outcome, sentence, evidence, figures_of(**more), "all")
+
+
 def within(table: Table, digits: int = 3) -> str:
     """A single number in words, with its interval where it has one."""
     value = float(table.value)

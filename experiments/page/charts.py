@@ -9,6 +9,8 @@ FACTOR_COLOURS = ("#2b7bd9", "#9aa3ad", "#d9691e")  # below 1, at 1, above 1: bl
 TWO_AND_BOTH = ("#2b7bd9", "#d9691e", "#7a8490")
 PAIR = ("#2b7bd9", "#d9691e", "#2a8f6b", "#8a5bb5")
 HEIGHT = 320  # pixels
+MAP_WIDTH = 640
+"""Pixels of a heat map without its axis, about; words in its cells are cut at their share of it."""
 ROW = 17
 """Pixels of a heat map's row."""
 
@@ -94,19 +96,29 @@ def heat_map(
     site: Filter | None = None,
     reach: float | None = None,
     x_title: str = "place in the residual stream",
+    words: str | None = None,
 ) -> dict[str, Any]:
     """A row for each of something, a column for each place, or block; dark is small.
 
-    `reach` is the largest absolute value of numbers of both signs: blue is below 0, orange above.
+    `reach` is the largest absolute value of numbers of both signs: blue is below 0, orange above. `words` is an array
+    of the data that is written into the cells, of numbers from 0 to 1.
     """
     scale = alt.Scale(scheme="viridis") if reach is None else alt.Scale(scheme="blueorange", domain=[-reach, reach])
+    if words:  # dark and light stay where they are, and so does the ink
+        scale = alt.Scale(scheme="viridis", domain=[0, 1])
     legend = alt.Legend(orient="top", direction="horizontal", gradientLength=220, titleLimit=500)
     colour = alt.Color("value:Q", title=title, scale=scale, legend=legend)
-    cells = _chart(data, filters, ["value", "place"]).mark_rect()
+    cells = _chart(data, filters, ["value", "place", *([words] if words else [])])
     of_row = alt.Tooltip(str(cast("dict[str, Any]", row.to_dict())["field"]), type="nominal")
     tooltip = [of_row, alt.Tooltip("place:N"), alt.Tooltip("value:Q", format=".4g")]
-    chart = cells.encode(x=place_axis(names, x_title), y=row, color=colour, tooltip=tooltip)
+    if words:
+        tooltip.insert(2, alt.Tooltip(words, type="nominal"))
+    chart = cells.mark_rect().encode(x=place_axis(names, x_title), y=row, color=colour, tooltip=tooltip)
     marks = [chart] if site is None else [chart, _site_rule(names, site, on_map=True)]
+    if words:
+        ink = alt.condition("datum.value > 0.6", alt.value("black"), alt.value("white"))
+        text = cells.mark_text(fontSize=9, limit=max(20, round(MAP_WIDTH / len(names))))
+        marks.append(text.encode(x=place_axis(names, x_title), y=row, text=alt.Text(words, type="nominal"), color=ink))
     return _params(alt.layer(*marks), params, max(90, ROW * rows))
 
 
@@ -190,3 +202,27 @@ def points(data: str, filters: Sequence[Filter], titles: Sequence[str], params: 
     drawn = drawn.encode(x=alt.X("x:Q", axis=x), y=alt.Y("y:Q", axis=y), tooltip=tooltip)
     equal = chart.mark_line(strokeDash=[4, 4], color=TWO_AND_BOTH[2]).encode(x="x:Q", y=alt.Y("x:Q"))
     return _params(alt.layer(equal, drawn), params)
+
+
+def estimates(
+    data: str, x_title: str, y_title: str, parts: Sequence[str], reach: float, tooltip: Sequence[str], intervals: bool
+) -> dict[str, Any]:
+    """A point for each row by its `estimate` and its `value`, coloured by `part`; on the dashed line both are equal.
+
+    `reach` is the largest absolute value of both; `tooltip` names the fields that say which row a point is.
+    """
+    chart, scale = _chart(data, []), alt.Scale(domain=[-reach, reach])
+    x = alt.X("estimate:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=7))
+    y = alt.Y("value:Q", title=y_title, scale=scale)
+    legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
+    colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(PAIR)), legend=legend)
+    said = [
+        *(alt.Tooltip(f"{name}:N") for name in ("part", *tooltip)),
+        *(alt.Tooltip(f"{name}:Q", format=".4g") for name in ("estimate", "value")),
+    ]
+    ends = alt.Chart(alt.InlineData(values=[{"estimate": end, "value": end} for end in (-reach, reach)]))
+    equal = ends.mark_line(strokeDash=[4, 4], color="#9aa3ad", strokeWidth=1).encode(x=x, y=y)
+    marks = [equal, chart.mark_point(filled=True, size=40).encode(x=x, y=y, color=colour, tooltip=said)]
+    if intervals:
+        marks.insert(1, chart.mark_rule(opacity=0.4).encode(x=x, y=alt.Y("low:Q", scale=scale), y2=alt.Y2("high:Q")))
+    return _params(alt.layer(*marks), {})

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from experiments.harness.command import command
-from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt
+from experiments.harness.experiment import Checked, Experiment, Ids, Settings, Start, Study, encode_prompt, one_token
 from experiments.harness.options import Layers, Options, parse_numbers
 from experiments.harness.running import self_checked
 from experiments.harness.table import Row, Table, Tables, by_text
@@ -125,16 +125,10 @@ class TokenLoss(Experiment[Runs]):
         ids = encode_prompt(tokenizer, (self.settings.prompt or ""), n_positions)
         if self.settings.target is None:
             return ids
-        target = tokenizer.encode(self.settings.target)
-        if len(target) != 1:
-            parts, spaced = " | ".join(tokenizer.tokens(target)), f" {self.settings.target}"
-            hint = f": {spaced!r} is one" if len(tokenizer.encode(spaced)) == 1 else ""
-            raise ValueError(
-                f"--target {self.settings.target!r} is {len(target)} tokens ({parts}); give one token{hint}."
-            )
+        target = one_token(tokenizer, self.settings.target, "--target")
         if len(ids) == n_positions:
             raise ValueError(f"The prompt fills all {n_positions} positions; shorten it to leave one for the target.")
-        return ids + target
+        return [*ids, target]
 
     def run(self, model: GPT2, ids: Ids, alone: bool) -> Runs:
         """The grid on texts with their targets; of a prompt also without, to see what else could have come."""
