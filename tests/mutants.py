@@ -57,6 +57,7 @@ QUICK = {
     "experiments/token_loss/study.py": ("test_verdicts", "test_experiments"),
     "experiments/skip_layer.py": ("test_experiments",),
     "experiments/behaviour.py": ("test_behaviour",),
+    "experiments/steering.py": ("test_steering",),
     "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
@@ -81,6 +82,7 @@ OTHERS = {
     "experiments/token_loss/study.py": ("test_charts",),
     "experiments/skip_layer.py": ("test_charts",),
     "experiments/behaviour.py": ("test_train",),
+    "experiments/steering.py": (),
     "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""

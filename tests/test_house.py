@@ -40,7 +40,7 @@ EXPERIMENTS = (
     ("divergence.rows", "token_loss.figures"),
     ("divergence.claims", "divergence.figures"),
     ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
-    ("divergence.__main__", "token_loss.__main__"),
+    ("divergence.__main__", "token_loss.__main__", "steering"),
     ("tour.charts", "tools.peers", "tools.train"),
     ("tour.tour", "tools.benchmark"),
     ("tour.__main__", "train", "benchmark"),

@@ -94,7 +94,7 @@ def _facts(said: Mapping[str, Any]) -> list[tuple[str, str]]:
         texts = settings["texts"]
         facts.append(("texts", f"{texts['path']}, sha256 {texts['sha256']}"))
         facts.append(("corpus", ", ".join(f"{count} {name}" for name, count in corpus.items())))
-    asked = ("site", "layers", "factors", "indices", "positions", "target", "sites")
+    asked = ("site", "layers", "factors", "doses", "indices", "positions", "target", "sites", "answers", "foils")
     facts += [(name, _listed(settings[name])) for name in asked if settings.get(name) is not None]
     return facts
 
