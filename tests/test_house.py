@@ -42,7 +42,8 @@ EXPERIMENTS = (
     ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
     ("divergence.__main__", "token_loss.__main__", "steering"),
     ("tour.charts", "tools.peers", "tools.train"),
-    ("tour.tour", "tools.benchmark"),
+    ("tour.tour", "tools.patch_peers"),
+    ("tools.benchmark",),
     ("tour.__main__", "train", "benchmark"),
 )
 """Page, harness, questions; then the tour, and the tools."""
