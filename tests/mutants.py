@@ -64,6 +64,7 @@ QUICK = {
     "experiments/knockout.py": ("test_patching_experiment",),
     "experiments/ablation.py": ("test_ablation",),
     "experiments/lens.py": ("test_lens",),
+    "experiments/steering.py": ("test_steering",),
     "experiments/page/figures.py": ("test_charts",),
 }
 """The mutated files, and the tests that run first on their mutants, in that order."""
@@ -109,6 +110,7 @@ OTHERS = {
     "experiments/knockout.py": ("test_house",),
     "experiments/ablation.py": ("test_experiments",),
     "experiments/lens.py": ("test_experiments",),
+    "experiments/steering.py": (),
     "experiments/page/figures.py": ("test_report", "test_table"),
 }
 """The tests that run on a mutant when those pass."""

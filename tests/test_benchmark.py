@@ -1,13 +1,15 @@
-"""The benchmark compares like with like: whoever is timed computes the sweep's norms."""
+"""The benchmark compares like with like: whoever is timed computes the same numbers as minigpt."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from experiments.tools import benchmark, peers
-from minigpt import GPT2, sweep
+from experiments.tools import benchmark, patch_peers, peers
+from minigpt import GPT2, patch, record, scaled, sweep
 
 FACTORS = (0.5, 1.0, 1.5)
 
@@ -37,6 +39,68 @@ def test_every_contender_that_is_installed_computes_the_sweeps_norms(theirs: GPT
         assert benchmark.agrees(norms, expected, 1e-4), name
         assert not benchmark.agrees(norms * 1.001, expected, 1e-4), name
         assert not benchmark.agrees(norms.roll(1, dims=2), expected, 1e-4), name  # one depth late, as hooks have been
+
+
+PAIR = torch.randint(97, (2, 1, 9), generator=torch.Generator().manual_seed(1))
+COUNTS = {"output": 9, "head": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", patch_peers.KINDS)
+def test_our_grid_of_patches_is_a_plain_loop_of_scaled_runs(kind: patch_peers.Kind, ours: GPT2) -> None:
+    ids, other = PAIR
+    found = patch_peers.ours(ours, kind, (3, 5), ids, other)
+    assert found.shape == (3, COUNTS[kind])
+    for layer in range(3):
+        site = f"blocks.{layer}.output" if kind == "output" else f"blocks.{layer}.attention.head"
+        values = record(ours, other, [site])[site]
+        for entry in range(COUNTS[kind]):
+            chosen: Any = {"positions": [entry]} if kind == "output" else {"heads": [entry]}
+            with scaled(ours, patch(site, values, **chosen)):
+                logits = ours(ids)[0, -1]
+            assert float(found[layer, entry]) == pytest.approx(float(logits[3] - logits[5]), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", patch_peers.KINDS)
+def test_every_contender_that_is_installed_fills_the_same_grid_of_patches(
+    kind: patch_peers.Kind, theirs: GPT2LMHeadModel, ours: GPT2
+) -> None:
+    ids, other = PAIR
+    expected = patch_peers.ours(ours, kind, (3, 5), ids, other)
+    found = patch_peers.contenders(theirs, kind, (3, 5))
+    assert len(found) >= 3
+    for name, run in found.items():
+        table = run(ids, other)
+        assert benchmark.agrees_within_range(table, expected, 1e-4), name
+        assert not benchmark.agrees_within_range(table + 1e-3 * (expected.max() - expected.min()), expected, 1e-4), name
+        assert not benchmark.agrees_within_range(table.roll(1, dims=0), expected, 1e-4), name
+        assert not benchmark.agrees_within_range(table.roll(1, dims=1), expected, 1e-4), name
+        assert not benchmark.agrees_within_range(table[:, :-1], expected, 1e-4), name
+
+
+def test_the_section_of_patches_names_everyone_and_who_computes_something_else(
+    theirs: GPT2LMHeadModel, ours: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(given: Any, kind: patch_peers.Kind, tokens: tuple[int, int]) -> dict[str, patch_peers.Grid]:
+        return {**CONTENDERS(given, kind, tokens), "another": lambda ids, other: CONTENDERS(given, kind, (0, 1))[
+            "transformers, the whole grid as one batch"
+        ](ids, other)}  # fmt: skip
+
+    monkeypatch.setattr(patch_peers, "contenders", wrong)
+
+    def pair(positions: int, texts: int = 1) -> torch.Tensor:
+        return torch.randint(97, (texts, positions), generator=torch.Generator().manual_seed(positions))
+
+    bench = SimpleNamespace(ours=ours, heads=theirs, repetitions=2, tolerance=1e-4, ids=pair)
+    text = benchmark.patching(cast("benchmark.Bench", bench))
+    assert "### 3 layers x 16 positions, the block's output" in text
+    assert "### 3 layers x 4 heads, at all positions" in text
+    assert text.count("| another | other numbers: its time means nothing |") == 2
+    assert text.count("| transformers, one run per patch | **") == 2
+    assert text.count(f"| {benchmark.PATCHED} | **1** |") == 2
+
+
+CONTENDERS = patch_peers.contenders
 
 
 def test_the_arithmetic_of_the_grid_is_counted_from_the_blocks_that_remain(ours: GPT2) -> None:

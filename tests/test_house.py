@@ -40,10 +40,11 @@ EXPERIMENTS = (
     ("divergence.rows", "token_loss.figures"),
     ("divergence.claims", "divergence.figures"),
     ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
-    ("patching", "knockout", "ablation", "lens"),
-    ("divergence.__main__", "token_loss.__main__"),
+    ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
+    ("patching", "knockout", "ablation", "lens", "steering"),
     ("tour.charts", "tools.peers", "tools.train"),
-    ("tour.tour", "tools.benchmark"),
+    ("tour.tour", "tools.patch_peers"),
+    ("tools.benchmark",),
     ("tour.__main__", "train", "benchmark"),
 )
 """Page, harness, questions; then the tour, and the tools."""

@@ -226,3 +226,36 @@ def estimates(
     if intervals:
         marks.insert(1, chart.mark_rule(opacity=0.4).encode(x=x, y=alt.Y("low:Q", scale=scale), y2=alt.Y2("high:Q")))
     return _params(alt.layer(*marks), {})
+
+
+def lines_by_number(
+    data: str,
+    filters: Sequence[Filter],
+    x: tuple[str, str],
+    y_title: str,
+    params: Mapping[str, Any],
+    parts: Sequence[str],
+    intervals: bool,
+    reference: float | None = None,
+) -> dict[str, Any]:
+    """Lines with a point for each dose, in the doses' order, along another number: `x` is its field and its title.
+
+    The dataset has rows with `part`, `dose`, `value` (and `low`, `high`), and that field. `reference` is a dashed
+    level.
+    """
+    chart, (field, x_title) = _chart(data, filters), x
+    across = alt.X(f"{field}:Q", title=x_title)
+    legend = alt.Legend(orient="top", direction="horizontal", title=None, labelLimit=400)
+    colour = alt.Color("part:N", scale=alt.Scale(domain=list(parts), range=list(PAIR[: len(parts)])), legend=legend)
+    numbers = [alt.Tooltip(f"{name}:Q", format=".4g") for name in dict.fromkeys((field, "value"))]
+    tooltip = [alt.Tooltip("part:N"), alt.Tooltip("dose:N"), *numbers]
+    height = alt.Y("value:Q", title=y_title)
+    drawn = chart.mark_line(point=True).encode(x=across, y=height, color=colour, order="dose:Q", tooltip=tooltip)
+    marks: list[Any] = [drawn, alt.Chart(alt.InlineData(values=[{"value": 0}])).mark_rule().encode(y="value:Q")]
+    if intervals:
+        band = chart.mark_area(opacity=0.2).encode(x=across, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=colour)
+        marks.append(band)  # behind the lines it would make the legend pale
+    if reference is not None:
+        level = alt.Chart(alt.InlineData(values=[{"value": reference}]))
+        marks.append(level.mark_rule(strokeDash=[6, 4]).encode(y="value:Q"))
+    return _params(alt.layer(*marks), params)

@@ -26,7 +26,7 @@ MARKS: Mapping[str, str] = {
     "undecided": "?",
 }
 """Beside the word, so that colour is not needed."""
-OF_PAIRS = ("corrupted", "answer", "foil", "direction", "span")
+OF_ANSWERS = ("corrupted", "answer", "foil", "direction", "span", "answers", "foils")
 CLASSES: Mapping[str, str] = {
     "holds": "holds",
     "does not hold": "fails",
@@ -95,7 +95,7 @@ def _facts(said: Mapping[str, Any]) -> list[tuple[str, str]]:
         texts = settings["texts"]
         facts.append(("texts", f"{texts['path']}, sha256 {texts['sha256']}"))
         facts.append(("corpus", ", ".join(f"{count} {name}" for name, count in corpus.items())))
-    asked = ("site", "layers", "factors", "indices", "positions", "target", "sites", "neurons", *OF_PAIRS)
+    asked = ("site", "layers", "factors", "doses", "indices", "positions", "target", "sites", "neurons", *OF_ANSWERS)
     facts += [(name, _listed(settings[name])) for name in asked if settings.get(name) is not None]
     return facts
 

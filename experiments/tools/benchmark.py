@@ -30,7 +30,7 @@ from torch import Tensor
 
 from experiments.harness.corpus import SHARD_WINDOWS
 from experiments.page.figures import label_of
-from experiments.tools import peers
+from experiments.tools import patch_peers, peers
 from minigpt import GPT2, GPT2Config, cli, generate, sweep
 from minigpt.config import OFFICIAL
 from minigpt.files import write_text
@@ -162,24 +162,37 @@ def grids(bench: Bench, positions: Sequence[int]) -> str:
     """The same grid by everyone: seconds, and how many times as long as the sweep."""
     text = ""
     for count in positions:
-        contenders = bench.contenders(count)
-        times: Times = {name: [] for name in contenders}
-        expected, wrong = None, set[str]()
-        for _ in range(bench.repetitions):
-            for name, run in contenders.items():  # minigpt comes first
-                seconds, found = timed(run)
-                times[name].append(seconds)
-                expected = found if expected is None else expected
-                wrong |= set() if agrees(found, expected, bench.tolerance) else {name}
-        rows = [
-            [name, f"**{ratio(seconds, times[OURS]):.3g}**", spread(seconds)]
-            for name, seconds in sorted(times.items(), key=lambda item: median(item[1]))
-            if name not in wrong
-        ]
-        rows += [[name, "other norms: its time means nothing", ""] for name in sorted(wrong)]
-        text += f"\n### {count} positions\n\n" + table(["", "times as long", "seconds: median (range)"], rows)
+        times, wrong = believed(bench.contenders(count), bench.repetitions, partial(agrees, tolerance=bench.tolerance))
+        text += f"\n### {count} positions\n\n" + beside_ours(times, wrong)
         echo(text.rsplit("###", 1)[1])
     return text
+
+
+def believed(
+    contenders: Contenders, repetitions: int, agree: Callable[[Tensor | None, Tensor | None], bool]
+) -> tuple[Times, set[str]]:
+    """Seconds of every repetition of everyone, in turns, and whose numbers were once not those of the first of them."""
+    times: Times = {name: [] for name in contenders}
+    expected, wrong = None, set[str]()
+    for _ in range(repetitions):
+        for name, run in contenders.items():  # minigpt comes first
+            seconds, found = timed(run)
+            times[name].append(seconds)
+            expected = found if expected is None else expected
+            wrong |= set() if agree(found, expected) else {name}
+    return times, wrong
+
+
+def beside_ours(times: Times, wrong: set[str]) -> str:
+    """The table of everyone, the fastest first: how many times as long as the first of them they take."""
+    ours = next(iter(times.values()))
+    rows = [
+        [name, f"**{ratio(seconds, ours):.3g}**", spread(seconds)]
+        for name, seconds in sorted(times.items(), key=lambda item: median(item[1]))
+        if name not in wrong
+    ]
+    rows += [[name, "other numbers: its time means nothing", ""] for name in sorted(wrong)]
+    return table(["", "times as long", "seconds: median (range)"], rows)
 
 
 def agrees(norms: Tensor | None, ours: Tensor | None, tolerance: float) -> bool:
@@ -187,6 +200,49 @@ def agrees(norms: Tensor | None, ours: Tensor | None, tolerance: float) -> bool:
     if norms is None or ours is None or norms.shape != ours.shape:
         return False
     return bool(((norms.double().cpu() - ours).abs() <= tolerance * ours.amax((1, 2), keepdim=True)).all())
+
+
+PATCHED = "minigpt, record and one compare"
+PATCH_POSITIONS = 16
+PATCHING = """One pair of texts of {positions} random tokens. While one runs, a piece of the other's activations takes
+the place of its own, and the difference of two tokens' logits after the last position is kept. Everyone records the
+other text's activations anew each time, and is compared with minigpt's numbers every time. "A layer's patches as one
+batch" makes rows where the activation is patched, so that what comes before runs once; pyvene makes them from the
+start, and so does "an invoke for each patch", which is nnsight's own way to a batch. pyvene runs the other text again
+in every run. "Its patching module" is `transformer_lens.patching`, which computes the logits of all positions.
+"""
+PATCH_TITLES: dict[patch_peers.Kind, str] = {
+    "output": "{layers} layers x {positions} positions, the block's output",
+    "head": "{layers} layers x {heads} heads, at all positions",
+}
+
+
+def patching(bench: Bench) -> str:
+    """The same grids of patches by everyone."""
+    config, text = bench.ours.config, PATCHING.format(positions=PATCH_POSITIONS)
+    for kind, title in PATCH_TITLES.items():
+        named = title.format(layers=config.n_layer, positions=PATCH_POSITIONS, heads=config.n_head)
+        agree = partial(agrees_within_range, tolerance=bench.tolerance)
+        times, wrong = believed(patch_contenders(bench, kind), bench.repetitions, agree)
+        text += f"\n### {named}\n\n" + beside_ours(times, wrong)
+        echo(text.rsplit("###", 1)[1])
+    return text
+
+
+def patch_contenders(bench: Bench, kind: patch_peers.Kind) -> Contenders:
+    """Everyone who fills a grid of patches, by name."""
+    (ids, other), (answer, foil) = bench.ids(PATCH_POSITIONS, texts=2).split(1), bench.ids(2)[0].tolist()
+    tokens = (answer, foil)
+    found: Contenders = {PATCHED: partial(patch_peers.ours, bench.ours, kind, tokens, ids, other)}
+    others = patch_peers.contenders(bench.heads, kind, tokens)
+    return {**found, **{name: partial(run, ids, other) for name, run in others.items()}}
+
+
+def agrees_within_range(found: Tensor | None, ours: Tensor | None, tolerance: float) -> bool:
+    """Whether the numbers of a contender are minigpt's, within a tolerance relative to the range of the whole grid."""
+    if found is None or ours is None or found.shape != ours.shape:
+        return False
+    return bool(((found.double().cpu() - ours).abs() <= tolerance * (ours.max() - ours.min())).all())
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
@@ -553,6 +609,7 @@ def main(
         bench = Bench(Path(scratch), repetitions)
         measures: dict[str, Callable[[], str]] = {
             "The grid: 12 layers x 11 factors": lambda: grids(bench, [int(count) for count in positions.split(",")]),
+            "Patching": lambda: patching(bench),
             "bfloat16": lambda: bfloat16(bench),
             "Matrix products, GFLOP/s": lambda: products(bench),
             "One pass, loading, generation": lambda: single_pass(bench),
