@@ -41,9 +41,10 @@ EXPERIMENTS = (
     ("divergence.claims", "divergence.figures"),
     ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
     ("divergence.__main__", "token_loss.__main__"),
-    ("tour.charts", "tools.peers", "tools.train"),
+    ("tools.peers", "tools.train", "tools.copier"),
+    ("tour.charts",),
     ("tour.tour", "tools.benchmark"),
-    ("tour.__main__", "train", "benchmark"),
+    ("tour.__main__", "train", "copier", "benchmark"),
 )
 """Page, harness, questions; then the tour, and the tools."""
 
