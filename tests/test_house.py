@@ -40,12 +40,13 @@ EXPERIMENTS = (
     ("divergence.rows", "token_loss.figures"),
     ("divergence.claims", "divergence.figures"),
     ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
-    ("divergence.study", "token_loss.study", "skip_layer", "sensitivity", "behaviour"),
     ("patching", "knockout", "ablation", "lens", "steering"),
-    ("tour.charts", "tools.peers", "tools.train"),
+    ("divergence.__main__", "token_loss.__main__"),
+    ("tools.peers", "tools.train", "tools.copier"),
+    ("tour.charts",),
     ("tour.tour", "tools.patch_peers"),
     ("tools.benchmark",),
-    ("tour.__main__", "train", "benchmark"),
+    ("tour.__main__", "train", "copier", "benchmark"),
 )
 """Page, harness, questions; then the tour, and the tools."""
 

@@ -28,6 +28,7 @@ from experiments.divergence import claims
 from experiments.divergence.study import Divergence, GridSettings
 from experiments.harness.options import parse_numbers
 from experiments.harness.running import run_prompt
+from experiments.tools import copier
 from experiments.tour import charts, tour
 from tests import seen
 from tests.seen import Chart, rgb
@@ -41,9 +42,10 @@ TITLES = [
     "4. Change a scale yourself",
     "5. Five claims",
     *(f"Claim {number}" for number in range(1, 1 + len(claims.CLAIMS))),
-    "6. Where to go next",
+    "6. How two heads learn to copy",
+    "7. Where to go next",
 ]
-CHARTS, NOTES = 10, 8
+CHARTS, NOTES = 15, 9
 """Of a page on which every cell has run."""
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 PATIENCE = 30
@@ -266,6 +268,65 @@ def test_every_claim_has_the_verdict_of_the_study(toured: Tour, tiny: GPT2, toke
     for said, verdict in zip([toured.notes[of] for of in (1, 2, 4, 5, 7)], verdicts, strict=True):
         assert said.startswith(f"On this text: {verdict.verdict}. {verdict.sentence} ")
         assert said.split()[-6:] == verdict.evidence.split()[-6:]
+
+
+def test_the_curves_of_the_copying_model_are_its_log(drawn: list[Chart]) -> None:
+    log = copier.read_log(ROOT / "weights" / "copier" / copier.LOG_FILE)
+    for chart, title, fields in (
+        (drawn[11], "loss, nats per token", {"first copy": "first_copy", "second copy": "second_copy"}),
+        (
+            drawn[12],
+            "share of attention",
+            {"previous token, block 0": "previous_token", "prefix matching, block 1": "prefix_matching"},
+        ),
+    ):
+        found = {(mark.said["series"], mark.said["step"]): mark for mark in chart.of("line")}
+        assert set(found) == {(name, f"{entry.step:,}") for name in fields for entry in log}
+        for entry in log:
+            for name, field in fields.items():
+                mark = found[name, f"{entry.step:,}"]
+                assert chart.y.number(mark.middle) == pytest.approx(getattr(entry, field), abs=2e-3)
+                assert chart.x.number(mark.x) == pytest.approx(entry.step, abs=1)
+                assert mark.colour == chart.legend[name]
+        assert (chart.x.title, chart.y.title) == ("step", title)
+
+
+def test_the_patterns_of_the_copying_model_are_its_heads(toured: Tour) -> None:
+    model, ids = toured.defined["copies"], copier.shown_twice(1, 8)
+    with torch.no_grad():
+        patterns = model.attention_patterns(ids)
+    heads = copier.previous_token(patterns)[0].argmax(), copier.prefix_matching(patterns)[1].argmax()
+    for chart, layer, head in zip(toured.charts[13:15], (0, 1), heads, strict=True):
+        assert chart.legend_title == f"attention of head {head} in block {layer}"
+        cells = {(chart.y.label(of.middle), chart.x.label(of.x)): of for of in chart.of("rect")}
+        places = list(chart.x.labels)
+        assert places == list(chart.y.labels) and len(cells) == 17 * 17
+        assert places[1].split()[1] == places[9].split()[1] != places[2].split()[1], "the piece is there twice"
+        for query in range(17):
+            for key in range(17):
+                said = float(cells[places[query], places[key]].said[chart.legend_title])
+                assert said == pytest.approx(float(patterns[layer, 0, head, query, key]), abs=1e-3)
+
+
+def test_without_the_first_head_the_sentence_says_that_copying_is_gone(toured: Tour) -> None:
+    model, head = toured.defined["copies"], toured.defined["previous"]
+    _, whole, found = charts.copying(model, head, 1.0)
+    assert toured.notes[8] == charts.copying_sentence(1.0, whole, found)
+    assert whole == copier.copy_losses(model, copier.shown_twice())[1]
+    pattern, loss, lost = charts.copying(model, head, 0.0)
+    assert loss > 2 > 0.2 > whole and lost < 0.2 < 0.5 < found
+    said = charts.copying_sentence(0.0, loss, lost)
+    assert said.startswith(f"At a scale of 0 the second copy costs {loss:.3g} nats per token; guessing costs 3.47.")
+    assert f"leaves {lost:.2g} of its attention" in said
+    scales = torch.ones(model.config.n_head)
+    scales[head] = 0
+    with torch.no_grad(), scaled(model, {"blocks.0.attention.head_scale": scales}):
+        assert torch.equal(pattern, model.attention_patterns(copier.shown_twice(1, 8))[:, 0])
+
+
+def test_the_tokens_of_the_copying_model_have_a_character_each() -> None:
+    assert charts.letters([32, 0, 25, 26, 31]) == ["\u00b7", "A", "Z", "1", "6"]
+    assert len(set(charts.letters(range(33)))) == 33
 
 
 def test_tokens_stand_above_their_positions_and_have_their_ids() -> None:

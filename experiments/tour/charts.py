@@ -4,7 +4,9 @@ Texts and tokens are data: what shows them escapes them first. Numbers in senten
 never written down. Tables here have an axis `place`, with the names that the page gives the depths.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
@@ -20,6 +22,7 @@ from experiments.harness.table import Table, Tables, by_measure, of_text
 from experiments.harness.verdicts import Verdict
 from experiments.page.charts import FACTOR_COLOURS
 from experiments.page.figures import VISIBLE
+from experiments.tools import copier
 from minigpt import GPT2, Comparison, Sweep, Tokenizer, scaled
 from minigpt.measures import Measure
 from minigpt.parameters import parameter_name
@@ -353,4 +356,81 @@ def final_sentence(table: Table, norms: Table) -> str:
     return (
         f"The clean stream of all positions but the first is {last:.4g} long before the final norm and {final:.4g} "
         f"after it. Beside the stream, the change is: {beside}."
+    )
+
+
+def by_step(log: Sequence[copier.Logged], colours: Mapping[str, str], names: Mapping[str, str], title: str) -> Any:
+    """Lines over a training's steps: the log's fields, by the names that the legend gives them."""
+    rows = [
+        {"series": name, "step": entry.step, "value": asdict(entry)[field]}
+        for field, name in names.items()
+        for entry in log
+    ]
+    encoding = {
+        "x": alt.X("step:Q", axis=alt.Axis(grid=False)),
+        "y": alt.Y("value:Q", title=title),
+        "color": named_colours(colours),
+        "tooltip": ["series:N", "step:Q", alt.Tooltip("value:Q", format=".4g")],
+    }
+    return sized(alt.Chart(alt.Data(values=rows)).mark_line(point=alt.OverlayMarkDef(size=8)).encode(**encoding))
+
+
+def losses_chart(log: Sequence[copier.Logged]) -> Any:
+    """How the losses of both copies went."""
+    names = {"first_copy": "first copy", "second_copy": "second copy"}
+    return by_step(log, dict(zip(names.values(), (GREY, ORANGE), strict=True)), names, "loss, nats per token")
+
+
+def scores_chart(log: Sequence[copier.Logged]) -> Any:
+    """How the two scores of heads went."""
+    names = {"previous_token": "previous token, block 0", "prefix_matching": "prefix matching, block 1"}
+    return by_step(log, dict(zip(names.values(), (BLUE, ORANGE), strict=True)), names, "share of attention")
+
+
+@torch.no_grad()
+def copying_heads(model: GPT2) -> tuple[int, int]:
+    """Block 0's head that attends most to the previous token, and block 1's that matches prefixes best."""
+    patterns = model.attention_patterns(copier.shown_twice())
+    return int(copier.previous_token(patterns)[0].argmax()), int(copier.prefix_matching(patterns)[1].argmax())
+
+
+@torch.no_grad()
+def copying(model: GPT2, head: int, scale: float) -> tuple[Tensor, float, float]:
+    """What a model does whose block 0 has one head scaled: its attention on the first short text, [layer, head, query,
+    key], its loss of second copies in nats per token, and its best prefix matching in block 1."""
+    scales = torch.ones(model.config.n_head)
+    scales[head] = round(scale, 2)
+    with scaled(model, {parameter_name(model, 0, "head"): scales}):
+        ids = copier.shown_twice()
+        found = copier.prefix_matching(model.attention_patterns(ids))[1].max()
+        short = model.attention_patterns(copier.shown_twice(1, copier.LONGEST))[:, 0]
+        return short, copier.copy_losses(model, ids)[1], float(found)
+
+
+def pattern_chart(pattern: Tensor, tokens: Sequence[str], title: str) -> Any:
+    """What one head attends to, [query, key]: a row for each query."""
+    names = [f"{position} {token}" for position, token in enumerate(tokens)]
+    rows = list(Table({"query": names, "key": names}, pattern).rows())
+    axis = alt.Axis(labelOverlap=False, grid=False)
+    scale = alt.Scale(scheme="viridis", domain=[0, 1])
+    encoding = {
+        "x": alt.X("key:N", title="position that is read, and its token", sort=None, axis=axis),
+        "y": alt.Y("query:N", title="position that reads", sort=None, axis=axis),
+        "color": alt.Color("value:Q", title=title, scale=scale, legend=alt.Legend(orient="top", titleLimit=500)),
+        "tooltip": ["query:N", "key:N", alt.Tooltip("value:Q", format=".3g")],
+    }
+    return sized(alt.Chart(alt.Data(values=rows)).mark_rect().encode(**encoding))
+
+
+def letters(ids: Sequence[int]) -> list[str]:
+    """The random tokens as characters; the one that begins every text as a dot."""
+    return ["\u00b7" if number == copier.END else "ABCDEFGHIJKLMNOPQRSTUVWXYZ123456"[number] for number in ids]
+
+
+def copying_sentence(scale: float, loss: float, found: float) -> str:
+    """What a scaled head of block 0 does to copying, in numbers."""
+    return (
+        f"At a scale of {scale:g} the second copy costs {loss:.3g} nats per token; guessing costs "
+        f"{math.log(copier.TOKENS):.3g}. The best head of block 1 leaves {found:.2g} of its attention on the token "
+        "after the first copy."
     )
