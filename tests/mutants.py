@@ -306,6 +306,20 @@ _SMALL = "CPython has one object for each integer up to 256: more blocks than an
 _COMPARE, _NUMBER = "ReplaceComparisonOperator_", "NumberReplacer"
 
 EQUIVALENT = (
+    Equivalent(
+        "experiments/behaviour.py",
+        _NUMBER,
+        "patterns = [pattern[0, :, 1:, 0].double().mean(-1).cpu() for pattern in model.patterns(ids)]",
+        "[ -1, :",
+        "There is one text: the first is the last.",
+    ),
+    Equivalent(
+        "experiments/page/figures.py",
+        f"{_COMPARE}Eq_GtE",
+        'ink, faint = ("#1d2530", "#d5dae1") if theme == LIGHT else ("#e6e9ee", "#3c4654")',
+        ">= LIGHT",
+        "Of the two words, light comes after dark.",
+    ),
     Equivalent("minigpt/measures.py", f"{_COMPARE}Eq_LtE", _EMPTY, "<= 0", "A length is never negative."),
     Equivalent(
         "minigpt/measures.py", f"{_COMPARE}Lt_NotEq", _EMPTY, "!= self", "index[0] is 0 or 1, and a length at least 1."

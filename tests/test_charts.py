@@ -20,7 +20,7 @@ pytest.importorskip("altair")
 from experiments.harness import writing
 from experiments.harness.options import parse_indices
 from experiments.page import charts, report
-from experiments.page.figures import Figure, Figures, label_of, rounded
+from experiments.page.figures import VISIBLE, Figure, Figures, label_of, reach_of, rounded
 from minigpt import Sweep, compare, sensitivity, sweep
 from minigpt.measures import MEASURES
 from tests import seen
@@ -715,3 +715,12 @@ def test_a_bar_that_is_no_longer_than_its_error_is_faint() -> None:
     faint = ("block 1", "attention")
     assert {key for key, opacity in found.items() if opacity < 0.5} == {faint}
     assert len(found) == 4
+
+
+def test_a_scale_around_0_reaches_as_far_as_its_numbers_and_is_never_empty() -> None:
+    assert reach_of([{"value": [0.5, None, -2.0]}, {"value": [1.0]}]) == 2.0
+    assert reach_of([{"value": [None]}]) == reach_of([]) == reach_of([{"value": [0.0]}]) == 1.0
+
+
+def test_every_control_character_has_a_picture() -> None:
+    assert {VISIBLE[code] for code in range(0x20) if code != ord("\n")} == {*range(0x2400, 0x2420)} - {0x240A}

@@ -390,6 +390,15 @@ def loss_verdicts(
     return {verdict.number: verdict for verdict in experiment.verdicts(study)}
 
 
+def test_a_layer_is_cooler_where_its_temperature_is_below_1_and_it_moved_something() -> None:
+    values = torch.zeros(1, len(token_loss.MEASURES), 4, 1, dtype=torch.float64)
+    of = {name: values[0, index, :, 0] for index, name in enumerate(token_loss.MEASURES)}
+    of["temperature"].copy_(double([0.5, 1.0, 0.9, 1.5]))
+    of["kl_from_clean"].copy_(double([0.2, 0.2, 1e-9, 0.2]))
+    tables = token_loss.tables_of(values, {"layer": range(4), "factor": [0.6]}, double([1e-6]))
+    assert tables["tests"].value[0, token_loss.TESTS.index("cooler"), 0] == 0.25, "at exactly 1 it is not cooler"
+
+
 BOTH = [(NUDGE, 1.0, "holds"), (0.0, 1.0, "undecided"), (-1.0, NUDGE, "undecided"), (-1.0, 0.0, "does not hold")]
 
 
