@@ -20,9 +20,9 @@ were fixed before any model was asked.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -32,17 +32,17 @@ from torch import Tensor
 
 from experiments.harness.command import command, start
 from experiments.harness.experiment import (
+    Answers,
     Checked,
     Experiment,
     Ids,
-    Pair,
     Settings,
     Start,
     Study,
+    answers_of,
     encode_prompt,
-    pair_of,
 )
-from experiments.harness.options import PairOptions
+from experiments.harness.options import AnswerOptions
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import MOST, Verdict, counted, describe_entry, judged, readable, within
 from experiments.page.figures import Control, Figure, Figures, dataset, reach_of
@@ -85,7 +85,7 @@ class Neuron(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationOptions(PairOptions):
+class AblationOptions(AnswerOptions):
     """Set every head to zero and to its mean, and some neurons of every layer to their mean, one at a time."""
 
     neurons: Annotated[int, typer.Option(help="neurons of every layer to choose, and as many random ones")] = 8
@@ -224,9 +224,13 @@ class Ablation(Experiment[Ablated]):
     name = "ablation"
     question = "Which heads and neurons does the model need?"
     options = AblationOptions
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = {
+        name: {"model": "gpt2", "prompt": "The capital of France is", "answer": " Paris", "foil": " London"}
+        for name in ("ablateHeadTokenPrediction", "CCtokenPredictionHeads")
+    }
     settings: AblationSettings
 
-    def __init__(self, settings: AblationSettings, reference: Reference, pair: Pair | None = None) -> None:
+    def __init__(self, settings: AblationSettings, reference: Reference, pair: Answers | None = None) -> None:
         super().__init__(settings)
         self.reference, self.pair = reference, pair
 
@@ -235,7 +239,7 @@ class Ablation(Experiment[Ablated]):
         """The heads are all; the neurons are chosen here, by the reference."""
         asked, shared, config = begin.options, begin.settings(), begin.model.config
         begin.site("head"), begin.site("neuron")  # or the model's block has none, which is said
-        pair, texts, windows = pair_of(begin), shared["texts"], None
+        pair, texts, windows = answers_of(begin), shared["texts"], None
         if texts:
             if asked.reference < 1:
                 raise ValueError(f"--reference is {asked.reference}; expected 1 window or more to take the mean of.")

@@ -25,8 +25,8 @@ import typer
 from torch import Tensor
 
 from experiments.harness.command import command, start
-from experiments.harness.experiment import Checked, Experiment, Ids, Pair, Settings, Start, Study, pair_of
-from experiments.harness.options import PairOptions
+from experiments.harness.experiment import Answers, Checked, Experiment, Ids, Settings, Start, Study, answers_of
+from experiments.harness.options import AnswerOptions
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import (
     MOST,
@@ -80,7 +80,7 @@ class Writer(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensOptions(PairOptions):
+class LensOptions(AnswerOptions):
     """Read every depth through the final norm and the unembedding, and take the last logit difference apart."""
 
     no_attribution: Annotated[
@@ -108,7 +108,7 @@ class Read:
     """Of every depth, beside the model's own: [depth, 1, position]."""
     top_probability: Tensor
     """Of the likeliest token at every depth: [depth, position]."""
-    pair: Pair
+    pair: Answers
     """The tokens whose logits after the text are subtracted."""
     logit_difference: float
     contributions: Mapping[Writer, float]
@@ -123,7 +123,7 @@ class Lens(Experiment[list[Read]]):
     options = LensOptions
     settings: LensSettings
 
-    def __init__(self, settings: LensSettings, pair: Pair | None = None) -> None:
+    def __init__(self, settings: LensSettings, pair: Answers | None = None) -> None:
         super().__init__(settings)
         self.pair = pair
 
@@ -131,7 +131,7 @@ class Lens(Experiment[list[Read]]):
     def from_options(cls, begin: Start[LensOptions]) -> "Lens":
         """The tokens that were asked for, or else the likeliest two of every text."""
         asked, shared = begin.options, begin.settings()
-        pair, attribution = pair_of(begin), not asked.no_attribution
+        pair, attribution = answers_of(begin), not asked.no_attribution
         return cls(LensSettings(**shared, answer=asked.answer, foil=asked.foil, attribution=attribution), pair)
 
     def run(self, model: GPT2, ids: Ids, alone: bool) -> list[Read]:  # noqa: ARG002
@@ -145,7 +145,7 @@ class Lens(Experiment[list[Read]]):
         predictions = predict_logits(model, beside, ids, torch.tensor([ids.shape[1]])).map(lambda of: of[1:])
         largest = [logits[0].double().softmax(-1).amax(-1).cpu() for logits in logit_lens(model, ids)]
         logits = model(ids)[0, -1].double()
-        pair = self.pair or Pair(*logits.topk(2).indices.tolist())
+        pair = self.pair or Answers(*logits.topk(2).indices.tolist())
         difference = float(logits[pair.answer] - logits[pair.foil])
         found = contributions(model, ids, pair) if self.settings.attribution else {}
         return Read(ids, predictions, torch.stack(largest), pair, difference, found)
@@ -243,7 +243,7 @@ class Lens(Experiment[list[Read]]):
 
 
 @torch.no_grad()
-def contributions(model: GPT2, ids: Tensor, pair: Pair) -> dict[Writer, float]:
+def contributions(model: GPT2, ids: Tensor, pair: Answers) -> dict[Writer, float]:
     """What everything that writes into the stream adds to the logit difference after one text [1, position]."""
     answer, foil = (torch.tensor([[token]], device=model.device) for token in pair)
     found = dict[Writer, float]()

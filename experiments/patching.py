@@ -17,9 +17,9 @@ best on weights/tiny: see harness/pairs.py.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import typer
@@ -70,6 +70,14 @@ ONE_HEAD = 0.2
 """Of the gap: a single head that moves a fifth is worth a name; of dozens of heads, equal parts would be smaller."""
 AGREES = 0.9
 """A correlation above this leaves less than a fifth of the variance unexplained (1 - 0.9 squared = 0.19)."""
+INDIRECT_OBJECT = {
+    "model": "gpt2",
+    "prompt": "When Mary and John went to the store, John gave a drink to",
+    "corrupted": "When Mary and John went to the store, Mary gave a drink to",
+    "answer": " Mary",
+    "foil": " John",
+}
+"""Indirect object identification, with the example of Wang et al. 2023, "Interpretability in the Wild", section 2."""
 TOP = 5
 """Heads that the terminal lists."""
 
@@ -115,6 +123,9 @@ class Patching(PairExperiment[Patched]):
     name = "patching"
     question = "Where in the model is what the two prompts differ in?"
     options = PatchingOptions
+    lectures: ClassVar[Mapping[str, Mapping[str, str | bool]]] = dict.fromkeys(
+        ("patchingIOI", "attention_IOI", "CCperHeadIOI"), INDIRECT_OBJECT
+    )
     settings: PatchingSettings
 
     @classmethod

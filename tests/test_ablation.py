@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments import ablation
 from experiments.ablation import CHOSEN, KL, LOGITS, LOSS, MEAN, RANDOM, ZERO, Ablation, AblationOptions, Neuron, refer
 from experiments.harness import writing
-from experiments.harness.experiment import Pair, Start
+from experiments.harness.experiment import Answers, Start
 from experiments.harness.ranks import Ranks
 from experiments.harness.running import run_over_corpus, run_prompt
 from experiments.harness.table import Table
@@ -33,7 +33,7 @@ from tests.test_study import run_main
 
 LAYERS, HEADS, WIDTH, NEURONS = SMALL["n_layer"], SMALL["n_head"], 4 * SMALL["n_embd"], 2
 ANSWER, FOIL = "x", "k"
-PAIR = Pair(*LETTERS.encode(ANSWER + FOIL))
+PAIR = Answers(*LETTERS.encode(ANSWER + FOIL))
 FAST = 1e-9
 """Relative and absolute: float64, and the sums of one run in another order."""
 PLACES = list(itertools.product(range(LAYERS), range(HEADS)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments import lens
 from experiments.harness import writing
-from experiments.harness.experiment import Pair, Start
+from experiments.harness.experiment import Answers, Start
 from experiments.harness.ranks import Ranks
 from experiments.harness.running import run_over_corpus, run_prompt
 from experiments.harness.table import Table
@@ -33,7 +33,7 @@ from tests.test_study import run_main
 
 LAYERS, HEADS, DEPTHS = SMALL["n_layer"], SMALL["n_head"], SMALL["n_layer"] + 1
 ANSWER, FOIL = "x", "k"
-PAIR = Pair(*LETTERS.encode(ANSWER + FOIL))
+PAIR = Answers(*LETTERS.encode(ANSWER + FOIL))
 FAST = 1e-9
 """Relative and absolute: float64, and sums in another order."""
 NAMES = PLACES[:-1]
@@ -162,7 +162,7 @@ def test_tokens_of_a_prompt_are_by_position_and_depth() -> None:
 
 
 @torch.no_grad()
-def expected_contributions(text: str, pair: Pair) -> dict[Writer, float]:
+def expected_contributions(text: str, pair: Answers) -> dict[Writer, float]:
     """What every vector that is written into the stream at the last position does to the difference, one at a time."""
     model, ids = small_model(), torch.tensor([LETTERS.encode(text)])
     streams, written, width = model.residuals(ids), dict[Writer, Tensor](), SMALL["n_embd"] // HEADS
@@ -189,8 +189,8 @@ def last_logits(text: str) -> Tensor:
     return small_model()(torch.tensor([LETTERS.encode(text)]))[0, -1]
 
 
-def likeliest_two(text: str) -> Pair:
-    return Pair(*last_logits(text).argsort(descending=True)[:2].tolist())
+def likeliest_two(text: str) -> Answers:
+    return Answers(*last_logits(text).argsort(descending=True)[:2].tolist())
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -63,7 +63,7 @@ class Settings:
         return json.loads(json.dumps(asdict(self)))
 
 
-class Pair(NamedTuple):
+class Answers(NamedTuple):
     """Two tokens after a prompt, whose logits are subtracted: the answer's less the foil's."""
 
     answer: int
@@ -157,7 +157,7 @@ def one_token(tokenizer: Tokenizer, text: str, option: str) -> int:
     raise ValueError(f"{option} {text!r} is {len(ids)} tokens ({parts}); give one token{hint}.")
 
 
-def pair_of(begin: Start[Any]) -> Pair | None:
+def answers_of(begin: Start[Any]) -> Answers | None:
     """The tokens of --answer and --foil, where they were given.
 
     Raises ValueError for one without the other, over a corpus, and for what is not one token.
@@ -170,8 +170,8 @@ def pair_of(begin: Start[Any]) -> Pair | None:
     if options.answer is None or options.foil is None:
         given, missing = ("--foil", "--answer") if options.answer is None else ("--answer", "--foil")
         raise ValueError(f"{given} was given without {missing}; a logit difference takes two tokens: give both.")
-    answer, foil = (one_token(begin.tokenizer, getattr(options, name), f"--{name}") for name in Pair._fields)
-    return Pair(answer, foil)
+    answer, foil = (one_token(begin.tokenizer, getattr(options, name), f"--{name}") for name in Answers._fields)
+    return Answers(answer, foil)
 
 
 @dataclass(frozen=True)

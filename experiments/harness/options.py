@@ -54,11 +54,11 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(Options):
+class AnswerOptions(Options):
     """Options of an experiment that subtracts the logits of two tokens after a prompt."""
 
-    answer: Annotated[str | None, typer.Option(help="the token after the prompt whose logit counts")] = None
-    foil: Annotated[str | None, typer.Option(help="the token whose logit is subtracted from the answer's")] = None
+    answer: Annotated[str | None, typer.Option(help="the token after the prompt whose logit counts, as ' he'")] = None
+    foil: Annotated[str | None, typer.Option(help="the token whose logit is subtracted from that, as ' she'")] = None
 
 
 def parse_indices(text: str, count: int, what: str, option: str = "") -> tuple[int, ...]:

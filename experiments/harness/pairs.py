@@ -19,7 +19,7 @@ import typer
 
 from experiments.harness.corpus import COUNTS, Texts
 from experiments.harness.experiment import Experiment, Ids, Raw, Settings, Start, Study
-from experiments.harness.options import Options
+from experiments.harness.options import AnswerOptions
 from experiments.harness.table import Table
 from experiments.harness.verdicts import Decision, above, all_of, below, figures_of, within
 from minigpt import GPT2, Tokenizer, logit_difference
@@ -139,12 +139,10 @@ def _single(tokenizer: Tokenizer, name: str, text: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(Options):
-    """The options of experiments on pairs; `--prompt` is the clean one."""
+class PairOptions(AnswerOptions):
+    """The options of experiments on pairs; `--prompt` is the clean one, and calls for the answer."""
 
     corrupted: Annotated[str | None, typer.Option(help="a prompt of as many tokens that calls for the foil")] = None
-    answer: Annotated[str | None, typer.Option(help="the token that --prompt calls for, such as ' he'")] = None
-    foil: Annotated[str | None, typer.Option(help="the token that --corrupted calls for, such as ' she'")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +233,7 @@ def pair_settings(begin: Start[Any]) -> dict[str, Any]:
     if not asked.texts:
         words = Words(*given.values()) if not missing else Words(PROMPT, CORRUPTED, ANSWER, FOIL)
         return {**settings, "corrupted": words.corrupted, "answer": words.answer, "foil": words.foil}
-    if asked.text_column != Options.text_column:
+    if asked.text_column != AnswerOptions.text_column:
         raise ValueError(f"--text-column is for texts; a line of pairs has the fields {', '.join(FIELDS)}.")
     texts = PairTexts.of(asked.texts, asked.text_column, asked.window, asked.limit)
     check_told_apart(begin.model, begin.tokenizer, texts)
