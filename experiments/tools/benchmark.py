@@ -588,10 +588,10 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench` on {date}; nothing here is typed by hand. {machine}
 
 Random weights in GPT-2 small's shape (124 million parameters), float32, on the CPU. Contenders take turns within one
-process, {repetitions} times each; "times as long" divides medians. Everyone computes the Frobenius norms of all
-depths, and is compared with minigpt's every time.{absent} "Factors batched" multiplies the scaled block's output by all
-factors, so that rows appear there; "from the start" gives every factor a row of tokens, as one writes it first. Who is
-missing beyond {all_up_to} positions was left out for time, and not measured.
+process, {repetitions} times each; "times as long" divides medians.{absent} In the grid of factors everyone computes the
+Frobenius norms of all depths, and is compared with minigpt's every time. "Factors batched" multiplies the scaled
+block's output by all factors, so that rows appear there; "from the start" gives every factor a row of tokens, as one
+writes it first. Who is missing beyond {all_up_to} positions was left out for time, and not measured.
 """
 
 
