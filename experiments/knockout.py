@@ -50,7 +50,7 @@ from experiments.harness.pairs import (
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import Decision, Verdict, above, all_of, below, counted, figures_of, within
 from experiments.page.figures import Control, Figure, Figures, dataset, reach_of, token_labels
-from minigpt import GPT2, compare, logit_difference, parity, scaled
+from minigpt import GPT2, compare_logits, logit_difference, parity, scaled
 
 EARLIER = "all earlier tokens"
 KEYS = (BEFORE, DIFFERING, BETWEEN, EARLIER)
@@ -164,8 +164,8 @@ class Knockout(PairExperiment[Knocked]):
         found = list[float]()
         size = max(sum(of.numel() * of.element_size() for of in values.values()) for values in knockouts)
         for some in chunked(knockouts, size):
-            runs = compare(model, [pair.clean], some, max_bytes=self.settings.max_bytes, tokens=pair.tokens)
-            found += logit_difference(runs.logits - runs.clean_logits, 0, 1)[:, 0].tolist()
+            clean, cut = compare_logits(model, [pair.clean], some, pair.tokens, self.settings.max_bytes)
+            found += logit_difference(cut - clean, 0, 1)[:, 0].tolist()
         return found
 
     def measure(self, model: GPT2, raw: Knocked) -> Tables:

@@ -48,7 +48,7 @@ from experiments.harness.pairs import (
 from experiments.harness.table import Row, Table, Tables, by_text
 from experiments.harness.verdicts import Decision, Verdict, above, all_of, below, figures_of, within
 from experiments.page.figures import Control, Figure, Figures, dataset, reach_of, token_labels
-from minigpt import GPT2, attribution_patching, compare, logit_difference, parity, patch, record
+from minigpt import GPT2, attribution_patching, compare_logits, logit_difference, parity, patch, record
 
 SITES = ("output", "attention", "mlp")
 """What is patched at positions: a block's output, and what its attention and its MLP write."""
@@ -205,8 +205,8 @@ class Patching(PairExperiment[Patched]):
     def _run(self, model: GPT2, pair: Pair, patches: Sequence[dict[str, Tensor]]) -> list[float]:
         """How far patches of the base run move its logit difference."""
         base, _ = self.base_and_other(pair)
-        runs = compare(model, [base], patches, max_bytes=self.settings.max_bytes, tokens=pair.tokens)
-        moved = logit_difference(runs.logits - runs.clean_logits, 0, 1)
+        clean, patched = compare_logits(model, [base], patches, pair.tokens, self.settings.max_bytes)
+        moved = logit_difference(patched - clean, 0, 1)
         return [float(change) for change in moved[:, 0]]
 
     def measure(self, model: GPT2, raw: Patched) -> Tables:
@@ -284,7 +284,7 @@ class Patching(PairExperiment[Patched]):
         whole = patch(last, record(model, [other], [last])[last], positions=[len(base) - 1])
         moved = self._run(model, pair, [*itself, whole])
         expected = float(ends[0] - ends[1]) * (1.0 if self.settings.direction == "denoising" else -1.0)
-        logits = compare(model, [base, other], [{"embedding_scale": 1.0}], tokens=pair.tokens).clean_logits
+        logits, _ = compare_logits(model, [base, other], [{"embedding_scale": 1.0}], pair.tokens)
         unit = torch.finfo(model.dtype).eps * max(float(logits.abs().max()), 1.0)
         return max(map(abs, moved[:-1])) / unit, abs(moved[-1] - expected) / unit
 

@@ -50,7 +50,7 @@ from experiments.harness.verdicts import (
     within,
 )
 from experiments.page.figures import Control, Figure, Figures, dataset, label_of, reach_of, rounded
-from minigpt import GPT2, Comparison, Tokenizer, compare, parity, record, scaled
+from minigpt import GPT2, Comparison, Tokenizer, compare, compare_logits, parity, record, scaled
 from minigpt.measures import Measure
 
 SHE, HE = (" she", " her"), (" he", " his")
@@ -360,7 +360,7 @@ def respond(
     raw = compare(model, prompts, edits[0], max_bytes=max_bytes, tokens=wanted)
     check_runs(plan, raw, model.dtype)
     clean = _difference(raw.clean_logits, len(tokens[0]))
-    swapped = _difference(compare(model, others, edits[1][-1:], tokens=wanted).clean_logits, len(tokens[0])) - clean
+    swapped = _difference(compare_logits(model, others, edits[1][-1:], wanted)[0], len(tokens[0])) - clean
     change = (_difference(raw.logits, len(tokens[0])) - clean).unflatten(0, plan.shape)
     return Response(clean, from_dose_0(by_kind(change, of_random=_root_mean_square), 2), swapped)
 

@@ -1,7 +1,7 @@
 """GPT-2 by hand, with a scale and a shift wherever something acts."""
 
 from minigpt import interrupts  # noqa: F401  before what takes long to import
-from minigpt.compare import Comparison, compare
+from minigpt.compare import Comparison, compare, compare_logits
 from minigpt.config import CheckpointError, GPT2Config
 from minigpt.generate import generate
 from minigpt.model import GPT2, Block
@@ -23,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "attribution_patching",
     "compare",
+    "compare_logits",
     "direct_attribution",
     "freeze",
     "generate",

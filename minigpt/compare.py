@@ -12,7 +12,7 @@ from minigpt.engine import Job
 from minigpt.measures import Labels, Result
 from minigpt.model import GPT2
 from minigpt.parameters import Values
-from minigpt.passes import Cells, Progress, run
+from minigpt.passes import Cells, Progress, run, run_for_logits
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +61,16 @@ def _kept(found: Tensor | None, what: str, ask: str) -> Tensor:
     return found
 
 
+def _check_interventions(interventions: Sequence[Values]) -> None:
+    """Raise ValueError for what is no list of dicts, and where there is none, or an empty one."""
+    if isinstance(interventions, Mapping) or not all(isinstance(of, Mapping) for of in interventions):
+        raise ValueError("The interventions are not a list of dicts; for a single one give [intervention].")
+    if not interventions or not all(interventions):
+        raise ValueError(
+            "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."
+        )
+
+
 def compare(
     model: GPT2,
     ids: Tensor | Sequence[Sequence[int]],
@@ -74,20 +84,36 @@ def compare(
     """Run texts clean and under every intervention, and keep numbers per position.
 
     `ids`, `max_bytes` and `progress` are as in `sweep`. A value is a number or a tensor that broadcasts against
-    [batch, position, n_embd], for a head_scale [batch, position, n_head]. `predictions` asks for the next-token
+    [batch, position, n_embd], as in `scaled`. `predictions` asks for the next-token
     distributions, which take the unembedding; `steps` for the norm of what every block adds to the stream; `tokens`
     [token] or [batch, token] for the logits of these tokens alone, after each text's last one.
 
     Raises ValueError for no intervention, for an unknown parameter, for a shape that does not fit, for a model that is
     not clean, for a stream that overflows, and when `max_bytes` is too little for one run beside the clean one.
     """
-    if isinstance(interventions, Mapping) or not all(isinstance(of, Mapping) for of in interventions):
-        raise ValueError("The interventions are not a list of dicts; for a single one give [intervention].")
-    if not interventions or not all(interventions):
-        raise ValueError(
-            "There is no intervention, or an empty one; give dicts such as {'blocks.2.output_scale': 0.5}."
-        )
+    _check_interventions(interventions)
     job = Job.checked(
         model, ids, interventions, predictions, steps=steps, tokens=tokens, named="intervention {}".format
     )
     return Comparison(job.ids.cpu(), run(job, Cells.in_a_row(len(interventions)), max_bytes, progress))
+
+
+def compare_logits(
+    model: GPT2,
+    ids: Tensor | Sequence[Sequence[int]],
+    interventions: Sequence[Values],
+    tokens: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    max_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The logits of some tokens after each text's last one, clean [batch, token] and under every intervention
+    [intervention, batch, token], float64.
+
+    What `compare(..., tokens=tokens)` has as `clean_logits` and `logits`, without the numbers of every place: for
+    grids of patches. Arguments and errors are those of `compare`.
+    """
+    _check_interventions(interventions)
+    job = Job.checked(model, ids, interventions, tokens=tokens, places=False, named="intervention {}".format)
+    if job.known:
+        return run_for_logits(job, max_bytes)
+    found = compare(model, ids, interventions, max_bytes=max_bytes, tokens=tokens)  # which tries a run alone
+    return found.clean_logits, found.logits

@@ -59,6 +59,8 @@ class Job:
     """Whether the norm of what every block adds is kept."""
     tokens: Tensor | None = None
     """Those whose logits after each text's last token are kept: [batch, token]."""
+    places: bool = True
+    """Whether numbers are kept of every place; without them a pass gives the logits of `tokens` alone."""
     declared: Mapping[str, Native] = field(default_factory=dict)
     """Every parameter that a run names. Values have all the axes of its shape."""
     named: Callable[[int], str] = "run {}".format
@@ -75,6 +77,7 @@ class Job:
         tangents: bool = False,
         steps: bool = False,
         tokens: Tensor | Sequence[Any] | None = None,
+        places: bool = True,
         named: Callable[[int], str] = "run {}".format,
     ) -> "Job":
         """Texts and runs that fit a clean model, or a ValueError that says what does not."""
@@ -88,7 +91,7 @@ class Job:
         used = {name: declared[name] for run in fitting for name in run}
         predict = predict_logits if predictions is True else predictions or None
         wanted = None if tokens is None else _checked_tokens(tokens, len(ids), model.config.vocab_size)
-        return cls(model, ids, lengths, fitting, predict, tangents, steps, wanted, used, named)
+        return cls(model, ids, lengths, fitting, predict, tangents, steps, wanted, places, used, named)
 
     @cached_property
     def known(self) -> bool:
@@ -248,21 +251,28 @@ class Pass:
             streams = forward_ad.make_dual(streams, torch.zeros_like(streams))
         with assigned(model, _each(self._values(-1, [None, *self.runs[:gone]]), len(self.ids))):
             streams[: 1 + gone] = model.embed(self.ids.repeat(1 + gone, 1)).view_as(streams[: 1 + gone])
-        yield self._place(0, streams[: 1 + gone])
+        if self.job.places:
+            yield self._place(0, streams[: 1 + gone])
         for layer, block in enumerate(model.blocks):
             here, gone = 1 + gone, sum(leaves_at(self.job.runs[run]) <= layer for run in self.runs)
             found = self._through(layer, block, streams[: 1 + gone], here)
-            yield self._place(layer + 1, streams[: 1 + gone], found=found)
+            if self.job.places:
+                yield self._place(layer + 1, streams[: 1 + gone], found=found)
         predictions = predict(model, streams, self.ids, self.lengths) if predict else None
-        last = self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
-        yield last if self.job.tokens is None else replace(last, logits=self._logits(streams, self.job.tokens))
+        logits = None if self.job.tokens is None else self._logits(streams, self.job.tokens)
+        if self.job.places:
+            last = self._place(len(model.blocks) + 1, streams, model.final_norm, predictions=predictions)
+            yield replace(last, logits=logits)
+        else:
+            yield Place(self.texts, len(model.blocks) + 1, self.runs, {}, logits=logits)
 
     def _logits(self, streams: Tensor, tokens: Tensor) -> Tensor:
         """The logits of some tokens [batch, token] after each text's last one: [row, batch, token]."""
         model, texts = self.job.model, torch.arange(len(self.ids))
-        ends = model.final_norm(streams[:, texts, self.lengths - 1]).double()
+        with self._within_range(model.final_norm, "the final norm", [None, *self.runs]):
+            ends = model.final_norm(streams[:, texts, self.lengths - 1].flatten(0, 1)).double()
         weights = model.unembed.weight[tokens[self.texts].to(model.device)].double()
-        return torch.einsum("rbe,bte->rbt", ends, weights).cpu()
+        return torch.einsum("rbe,bte->rbt", ends.unflatten(0, streams.shape[:2]), weights).cpu()
 
     def halves(self) -> list["Pass"]:
         """The same runs on the same texts in two passes. Raises ValueError when there is one of each."""
@@ -301,7 +311,7 @@ class Pass:
                 forward_mode() if self.job.tangents else nullcontext(),
             ):
                 out = _call(block, slab, values)
-            if before:
+            if before and self.job.places:
                 parts = _writes(writes, slab, len(before), values)
                 clean = clean or Clean.of(slab, out, parts)
                 there = clean.writes.keys() <= parts.keys()  # a slab may not need a sublayer

@@ -109,7 +109,9 @@ class Attention(NativeModule):
         mask, causal = self._mask(q, k), q.shape[2] > 1
         dual = any(forward_ad.unpack_dual(of).tangent is not None for of in (q, k, v, mask) if of is not None)
         with forward_mode() if dual else nullcontext():
-            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=self.score_scale)
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.score_scale
+            )
         return z.transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor) -> Tensor | None:

@@ -65,6 +65,17 @@ def run(job: Job, cells: Cells, max_bytes: int | None = None, progress: Progress
     return found
 
 
+def run_for_logits(job: Job, max_bytes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Run a job that keeps no places: the logits of its tokens in the clean run [batch, token], and in every run.
+
+    Raises as `run` does.
+    """
+    gathered = Gathered(job, Cells.in_a_row(len(job.runs)))
+    for _ in run_passes(plan(job, max_bytes), gathered.add):
+        pass
+    return gathered.clean["logits"], gathered.found["logits"]
+
+
 class Gathered:
     """The numbers of all passes, as they come: of the clean run, and of every cell."""
 
@@ -88,6 +99,7 @@ class Gathered:
             self._check(numbers, place, what="The predictions are")
             self._put(name, numbers, rows, place.texts)
         if place.logits is not None:
+            self._check(place.logits, place, what="The logits are")
             self._put("logits", place.logits, rows, place.texts)
 
     def _put(

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt import GPT2, Block, compare, freeze, generate, patch, path_patch, record, scaled
+from minigpt import GPT2, Block, compare, compare_logits, engine, freeze, generate, patch, path_patch, record, scaled
 from minigpt.model import SITES, Attention
 from minigpt.parameters import Native, law, natives
 from minigpt.patching import patched
+from tests.blocks import Parallel
 from tests.conftest import SMALL
 
 SAME = {"rtol": 1e-12, "atol": 1e-12}
@@ -150,6 +151,41 @@ def test_tokens_of_padded_texts_are_read_after_each_ones_last(model: GPT2) -> No
             with torch.no_grad(), scaled(model, values):
                 expected = model(torch.tensor([tokens]))[0, -1, [4, 11, 90]]
             torch.testing.assert_close(found.logits[row, text], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("block", [Block, Parallel])
+def test_logits_alone_are_those_that_come_with_the_places(
+    small: Callable[..., GPT2], block: type[Block], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CPU_SLAB", rows * 10)
+    model, texts = small(block=block), [[1, 2, 3, 4, 5], [6, 7]]
+    runs = [{"blocks.3.mlp_scale": 0.0}, {"embedding_scale": 0.5}, {"blocks.1.output_scale": 0.5}]
+    clean, found = compare_logits(model, texts, runs, [[4, 11], [90, 3]])
+    beside = compare(model, texts, runs, tokens=[[4, 11], [90, 3]])
+    assert (clean.shape, found.shape) == ((2, 2), (3, 2, 2))
+    torch.testing.assert_close(clean, beside.clean_logits, **SAME)
+    torch.testing.assert_close(found, beside.logits, **SAME)
+    assert (found - clean).abs().min() > 1e-6
+    for row in range(3):  # a run is the same in whatever company
+        torch.testing.assert_close(
+            compare_logits(model, texts, runs[row : row + 1], [4, 3])[1][0, 0, 0], found[row, 0, 0]
+        )
+
+
+def test_logits_alone_are_refused_as_with_the_places(small: Callable[..., GPT2], ids: Tensor) -> None:
+    model = small(dtype=torch.float32)
+    for values, said in (
+        ({"blocks.1.output_scale": 1e25}, "too large for the norm layers of block 2 under intervention 0"),
+        ({"blocks.3.output_scale": 1e25}, "too large for the final norm under intervention 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            compare_logits(model, ids, [values], [1])
+    with pytest.raises(ValueError, match="There is no intervention"):
+        compare_logits(model, ids, [], [1])
+    least = "max_bytes is 1000; one text of 10 tokens with one run beside the clean one takes"
+    with pytest.raises(ValueError, match=least):
+        compare_logits(model, ids, [{"embedding_scale": 2.0}], [1], max_bytes=1000)
 
 
 # Edges.

@@ -188,7 +188,7 @@ def test_every_site_runs(run: Run, tmp_path: Path, site: str) -> None:
         (["--factors", "0:1:0.00001"], "larger STEP"),
         (["--factors", "0.5:inf:0.1"], "finite"),
         (["--factors", "1.5:0.5:0.1"], "goes up"),
-        (["--site", "neuron"], "expected one of output"),
+        (["--site", "gate"], "expected one of output"),
         (["--dtype", "float8"], "expected one of float32"),
         (["--model", "./nowhere"], "not a folder"),
     ],

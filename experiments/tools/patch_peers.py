@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.tools.peers import absent, lens_wrap, nnsight_wrap, private
-from minigpt import GPT2, compare, patch, record
+from minigpt import GPT2, compare_logits, patch, record
 
 Kind = Literal["output", "head"]
 KINDS: tuple[Kind, ...] = ("output", "head")
@@ -29,7 +29,7 @@ LAST = {"use_cache": False, "logits_to_keep": 1}
 
 
 def ours(model: GPT2, kind: Kind, tokens: tuple[int, int], ids: Tensor, other: Tensor) -> Tensor:
-    """The table by `record` and a single `compare`."""
+    """The table by `record` and a single `compare_logits`."""
     sites = [f"blocks.{layer}.{SITES[kind]}" for layer in range(model.config.n_layer)]
     values, count = record(model, other, sites), ids.shape[1] if kind == "output" else model.config.n_head
     edits = [
@@ -37,7 +37,7 @@ def ours(model: GPT2, kind: Kind, tokens: tuple[int, int], ids: Tensor, other: T
         for site, of in values.items()
         for entry in range(count)
     ]
-    logits = compare(model, ids, edits, tokens=tokens).logits[:, 0]
+    logits = compare_logits(model, ids, edits, tokens)[1][:, 0]
     return (logits[:, 0] - logits[:, 1]).unflatten(0, (len(sites), count))
 
 
