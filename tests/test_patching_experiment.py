@@ -341,11 +341,11 @@ def test_what_lies_before_the_first_difference_carries_nothing(denoised: Any) ->
 def test_little_memory_for_values_gives_the_same_numbers(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     most, whole = 3 * LENGTH * SMALL["n_embd"] * 8, of_prompt(kind)[1]
     module, seen = {Patching: patching, Knockout: knockout}[kind], list[int]()
-    compared, recorded = module.compare, record
+    compared, recorded = module.compare_logits, record
 
-    def watched(model: GPT2, ids: Any, interventions: Sequence[dict[str, Tensor]], **more: Any) -> Any:
+    def watched(model: GPT2, ids: Any, interventions: Sequence[dict[str, Tensor]], *more: Any) -> Any:
         seen.append(sum(value.nbytes for of in interventions for value in of.values() if isinstance(value, Tensor)))
-        return compared(model, ids, interventions, **more)
+        return compared(model, ids, interventions, *more)
 
     def watched_record(*given: Any) -> Any:
         values = recorded(*given)
@@ -353,7 +353,7 @@ def test_little_memory_for_values_gives_the_same_numbers(kind: type[Any], monkey
         return values
 
     monkeypatch.setattr(pairs, "MOST_BYTES", most)
-    monkeypatch.setattr(module, "compare", watched)
+    monkeypatch.setattr(module, "compare_logits", watched)
     if kind is Patching:
         monkeypatch.setattr(module, "record", watched_record)
     monkeypatch.setattr(kind, "check", lambda *_: running.Checked())
