@@ -1,4 +1,4 @@
-"""Train a small GPT-2 from nothing on a folder of plain text: how weights/tiny was made.
+"""Train a small GPT-2 from nothing on a folder of plain text.
 
     python -m experiments.train --corpus DIR --output DIR
 
@@ -53,7 +53,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn; the defaults made weights/tiny."""
+    """How long and how fast to learn."""
 
     tokens: int = 32_000_000
     batch: int = 8  # windows
