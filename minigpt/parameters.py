@@ -129,7 +129,7 @@ class NativeModule(nn.Module):
         for name in (f"{site}_scale", f"{site}_shift"):
             value: Tensor | None = self._parameters.get(name)
             if value is not None:
-                words = next(native.shape for native in self.native if native.name == name)
+                words = {native.name: native.shape for native in self.native}[name]
                 value = value[(..., *[None] * (a.ndim - len(words)))]  # one factor for the whole width of a head
                 a = value * a if name.endswith("scale") else a + value
         return a

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from minigpt.engine import padded
 from minigpt.model import GPT2, Attention
-from minigpt.parameters import check_clean, scaled
-from minigpt.patching import WRITES, record
+from minigpt.parameters import block_of, check_clean, scaled
+from minigpt.patching import record
 
-SUM_TOLERANCE = 1e-3
-"""Contributions may miss the logit by this share of their sizes, in float32 the rounding of hundreds of terms; a write
-that was not counted is larger."""
+SUM_TOLERANCE, SUM_ROUNDINGS = 1e-3, 16
+"""Contributions may miss the logit by this share of their sizes, in float32 the rounding of hundreds of terms, and in
+half types by so many roundings; a write that was not counted is larger."""
 
 
 def logit_difference(logits: Tensor, answers: int | Sequence[int], foils: int | Sequence[int]) -> Tensor:
@@ -62,13 +62,10 @@ def direct_attribution(
     x = model.last_depth(texts)
     unembedding = unembedding.expand_as(x)
     direction, bias = _through_norm(model.final_norm, x, unembedding)
-    by_head = [layer for layer, block in enumerate(model.blocks) if type(block.attention).forward is Attention.forward]
-    sites = ["embedding", *(f"blocks.{layer}.{write}" for layer in range(len(model.blocks)) for write in WRITES)]
     found = dict[str, Tensor]()
-    for site, written in record(model, texts, sites).items():
-        layer = int(site.split(".")[1]) if site.endswith(".attention") else -1
-        if layer in by_head:
-            found |= _of_heads(model, texts, layer, direction)
+    for site, written in record(model, texts, ["embedding", *_writers(model)]).items():
+        if site.endswith(".head"):
+            found |= _of_heads(model, site, written, direction)
         else:
             found[site] = torch.linalg.vecdot(written, direction)
     if bias is not None:
@@ -77,13 +74,20 @@ def direct_attribution(
     return found
 
 
-def _of_heads(model: GPT2, texts: Tensor, layer: int, direction: Tensor) -> dict[str, Tensor]:
+def _writers(model: GPT2) -> Iterator[str]:
+    """The sites of what is written, block by block: heads, where attention is made of them as GPT-2's is."""
+    for layer, block in enumerate(model.blocks):
+        of_heads = type(block.attention).forward is Attention.forward
+        yield f"blocks.{layer}.attention.head" if of_heads else f"blocks.{layer}.attention"
+        yield f"blocks.{layer}.mlp"
+
+
+def _of_heads(model: GPT2, site: str, z: Tensor, direction: Tensor) -> dict[str, Tensor]:
     """What the heads of a layer, each through its own columns of the projection, and the projection's bias add."""
-    site, projection = f"blocks.{layer}.attention", model.blocks[layer].attention.projection
-    z = record(model, texts, [f"{site}.head"])[f"{site}.head"]
-    found = {f"{site}.head": torch.linalg.vecdot(z, (direction @ projection.weight).view_as(z))}
+    projection = model.blocks[block_of(site)].attention.projection
+    found = {site: torch.linalg.vecdot(z, (direction @ projection.weight).view_as(z))}
     if projection.bias is not None:
-        found[f"{site}.projection.bias"] = direction @ projection.bias
+        found[f"{site.removesuffix('.head')}.projection.bias"] = direction @ projection.bias
     return found
 
 
@@ -108,7 +112,8 @@ def _check_sum(found: dict[str, Tensor], logits: Tensor) -> None:
     """Raise ValueError where contributions do not add up to the logits."""
     terms = [of if of.ndim == logits.ndim else of.sum(-1) for of in found.values()]
     apart, size = (sum(terms) - logits).abs(), sum(of.abs() for of in terms)
-    if not bool((apart <= SUM_TOLERANCE * size).all()):
+    tolerance = max(SUM_TOLERANCE, SUM_ROUNDINGS * torch.finfo(logits.dtype).eps)
+    if not bool((apart <= tolerance * size).all()):
         raise ValueError(
             f"The contributions miss the logits by up to {float(apart.max()):.3g}: the blocks write something else "
             "than what attention and MLP return, so nobody can be said to have written it."

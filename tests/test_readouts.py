@@ -87,6 +87,15 @@ def test_contributions_add_up_to_the_logits(
     assert list(found) == [*names, *([] if block is RMSNorm else ["final_norm.bias"])]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contributions_add_up_in_other_types_as_well_as_they_round(
+    small: Callable[..., GPT2], ids: Tensor, dtype: torch.dtype
+) -> None:
+    exact = summed(direct_attribution(small(), ids, OTHER))
+    found = summed(direct_attribution(small(dtype=dtype), ids, OTHER))
+    torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=40 * torch.finfo(dtype).eps)
+
+
 def test_a_difference_of_a_token_from_itself_is_made_of_nothing(model: GPT2, ids: Tensor) -> None:
     found = direct_attribution(model, ids, torch.tensor(7), torch.tensor(7))
     assert not any(of.any() for of in found.values())
