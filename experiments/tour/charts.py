@@ -25,7 +25,7 @@ from experiments.knockout import knock
 from experiments.page.charts import FACTOR_COLOURS
 from experiments.page.figures import VISIBLE, reach_of, token_labels
 from experiments.tools import copier
-from minigpt import GPT2, Comparison, Sweep, Tokenizer, compare, logit_difference, patch, record, scaled
+from minigpt import GPT2, Comparison, Sweep, Tokenizer, compare_logits, logit_difference, patch, record, scaled
 from minigpt.measures import Measure
 from minigpt.parameters import Values, parameter_name
 
@@ -263,7 +263,7 @@ def pair_places(tokenizer: Tokenizer, pair: Pair) -> dict[str, int]:
 
 
 class Change(NamedTuple):
-    """One intervention: what `compare` takes, and Python that makes it."""
+    """One intervention: what `compare_logits` takes, and Python that makes it."""
 
     values: Values
     code: str
@@ -334,8 +334,8 @@ def codes_of(changes: Mapping[str, Change]) -> str:
 def answers_of(model: GPT2, pair: Pair, changes: Mapping[str, Change]) -> Table:
     """The logit difference, answer minus foil, after both texts and after the clean one under each change: [run]."""
     done = [change.values for change in changes.values()]
-    runs = compare(model, [pair.clean, pair.corrupted], done, tokens=pair.tokens)
-    found = torch.cat([logit_difference(of, 0, 1) for of in (runs.clean_logits, runs.logits[:, 0])])
+    texts, changed = compare_logits(model, [pair.clean, pair.corrupted], done, pair.tokens)
+    found = torch.cat([logit_difference(of, 0, 1) for of in (texts, changed[:, 0])])
     return Table({"run": [*TEXTS, *changes]}, found)
 
 
@@ -370,8 +370,8 @@ def recovered(model: GPT2, pair: Pair, places: Sequence[str]) -> Table:
     sites = [f"blocks.{block}.output" for block in range(model.config.n_layer)]
     values = record(model, [pair.corrupted], sites)
     patches = [patch(site, values[site], positions=[at]) for site in sites for at in range(len(places))]
-    runs = compare(model, [pair.clean], patches, tokens=pair.tokens)
-    moved = logit_difference(runs.logits - runs.clean_logits, 0, 1).view(len(sites), len(places))
+    before, after = compare_logits(model, [pair.clean], patches, pair.tokens)
+    moved = logit_difference(after - before, 0, 1).view(len(sites), len(places))
     clean, other = differences(model, pair)
     blocks = [f"block {block}" for block in range(len(sites))]
     return Table({"block": blocks, "place": list(places)}, share_of(moved, other - clean))
