@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from experiments.page.figures import place_names
-from minigpt import GPT2, Sweep, Tokenizer, compare, scaled, sweep
+from minigpt import GPT2, Sweep, Tokenizer, compare, patch, record, scaled, sweep
+from minigpt.parameters import natives
 from tests.conftest import CHROMIUM, ROOT, TINY
 
 pytest.importorskip("marimo", reason="the tour needs marimo: pip install -e '.[tour]'")
@@ -26,6 +27,7 @@ pytest.importorskip("vl_convert")
 
 from experiments.divergence import claims
 from experiments.divergence.study import Divergence, GridSettings
+from experiments.harness import pairs
 from experiments.harness.options import parse_numbers
 from experiments.harness.running import run_prompt
 from experiments.tools import copier
@@ -40,12 +42,13 @@ TITLES = [
     "2. The residual stream",
     "3. The three equations of a block",
     "4. Change a scale yourself",
-    "5. Five claims",
+    "5. Put something else there",
+    "6. Five claims",
     *(f"Claim {number}" for number in range(1, 1 + len(claims.CLAIMS))),
-    "6. How two heads learn to copy",
-    "7. Where to go next",
+    "7. How two heads learn to copy",
+    "8. Where to go next",
 ]
-CHARTS, NOTES = 15, 9
+CHARTS, NOTES = 17, 11
 """Of a page on which every cell has run."""
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 PATIENCE = 30
@@ -178,8 +181,238 @@ def test_the_charts_below_the_sliders_are_those_of_the_run(drawn: list[Chart], r
     assert dashed == {"passive"}
 
 
+RUNS = ("clean text", "other text", "scaling to 0.5", "steering", "patching", "removing the edge")
+PAIR = pairs.Words(pairs.PROMPT, pairs.CORRUPTED, pairs.ANSWER, pairs.FOIL)
+
+
+def difference_of(model: GPT2, ids: list[int], pair: pairs.Pair, **values: torch.Tensor) -> float:
+    """Logit of the answer minus logit of the foil after a text, in a run of its own; of a name `__` is a dot."""
+    with torch.no_grad(), scaled(model, {name.replace("__", "."): of for name, of in values.items()}):
+        logits = model(torch.tensor([ids]))[0, -1].double()
+    return float(logits[pair.answer] - logits[pair.foil])
+
+
+def streams(model: GPT2, pair: pairs.Pair) -> list[torch.Tensor]:
+    """Of both texts every depth: [depth, position, n_embd]."""
+    with torch.no_grad():
+        return [model.residuals(torch.tensor([ids]))[:, 0] for ids in (pair.clean, pair.corrupted)]
+
+
+def patched_by_hand(model: GPT2, pair: pairs.Pair, both: list[torch.Tensor], block: int, position: int) -> float:
+    """The clean run where what it lacks to the other text's stream is added; `both` are the streams."""
+    clean, other = (of[block + 1] for of in both)
+    shift = torch.zeros_like(clean[None])
+    shift[0, position] = other[position] - clean[position]
+    return difference_of(model, pair.clean, pair, **{f"blocks__{block}__output_shift": shift})
+
+
+def runs_by_hand(model: GPT2, pair: pairs.Pair, block: int, position: int, head: int | None) -> dict[str, float]:
+    """The logit differences of all runs at a place, each in a run of its own."""
+    clean, other = streams(model, pair)
+    length, at = len(pair.clean), f"blocks__{block}__output"
+    scale, shift = torch.ones(1, length, 1), torch.zeros_like(clean[:1])
+    scale[0, position] = 0.5
+    shift[0, position] = other[block + 1].mean(0) - clean[block + 1].mean(0)
+    edge = torch.zeros(1, model.config.n_head, length, length)
+    for of in range(model.config.n_head) if head is None else [head]:
+        edge[0, of, length - 1, position] = -torch.inf
+    found = (
+        difference_of(model, pair.clean, pair),
+        difference_of(model, pair.corrupted, pair),
+        difference_of(model, pair.clean, pair, **{f"{at}_scale": scale}),
+        difference_of(model, pair.clean, pair, **{f"{at}_shift": shift}),
+        patched_by_hand(model, pair, [clean, other], block, position),
+        difference_of(model, pair.clean, pair, **{f"blocks__{block}__attention__score_shift": edge}),
+    )
+    return dict(zip(RUNS, found, strict=True))
+
+
+def shares_by_hand(model: GPT2, pair: pairs.Pair) -> torch.Tensor:
+    """Patching every block's output at every position: [block, position]."""
+    clean, other = (difference_of(model, ids, pair) for ids in (pair.clean, pair.corrupted))
+    both, places = streams(model, pair), range(len(pair.clean))
+    rows = [
+        [(patched_by_hand(model, pair, both, block, at) - clean) / (other - clean) for at in places]
+        for block in range(model.config.n_layer)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def exact() -> GPT2:
+    """The tour's model in float64."""
+    return GPT2.from_pretrained(TINY, dtype=torch.float64)
+
+
+def bars_across(chart: Chart) -> dict[str, float]:
+    """The numbers of bars from left to right, by their names."""
+    found = {}
+    for bar in chart.of("rect"):
+        ends = chart.x.number(bar.item["x"]), chart.x.number(bar.item["x"] + bar.item["width"])
+        assert min(map(abs, ends)) == pytest.approx(0, abs=1e-3), "a bar begins at 0"
+        found[chart.y.label(bar.middle)] = max(ends, key=abs)
+        assert bar.colour == (charts.GREY if "text" in chart.y.label(bar.middle) else charts.BLUE)
+    return found
+
+
+def test_the_bars_of_the_chosen_place_are_runs_by_themselves(toured: Tour, exact: GPT2) -> None:
+    chart, pair = toured.charts[3], toured.defined["pair"]
+    position = pair.groups[pairs.DIFFERING][0]
+    wanted = runs_by_hand(exact, pair, 2, position, None)
+    same(bars_across(chart), wanted)
+    assert list(chart.y.labels) == list(RUNS)
+    (line,) = chart.of("rule")
+    assert chart.x.number(line.x) == pytest.approx(wanted["clean text"], rel=2e-3)
+    assert chart.x.title == "logit of ' he' minus logit of ' she'"
+    assert toured.notes[1] == charts.answers_sentence(toured.defined["answers"])
+
+
+def test_the_heat_map_is_a_loop_of_runs(toured: Tour, exact: GPT2, tokenizer: Tokenizer) -> None:
+    chart, pair = toured.charts[4], toured.defined["pair"]
+    wanted, tokens = shares_by_hand(exact, pair), tokenizer.tokens(pair.clean)
+    places = [f"{at} {token.replace(' ', '·')}" for at, token in enumerate(tokens)]
+    places[1] = "1 ·man | ·woman"
+    same(
+        chart.cells(),
+        {(f"block {of}", places[at]): wanted[of, at] for of in range(len(wanted)) for at in range(len(places))},
+    )
+    assert list(chart.x.labels) == list(toured.defined["places"]) == places
+    assert list(chart.y.labels) == [f"block {of}" for of in range(len(wanted))]
+    assert chart.legend_title == "share of the way to the other text's answer"
+    low, high = chart.ends
+    assert low == -high
+    assert toured.notes[2] == charts.recovered_sentence(toured.defined["shares"])
+
+
+SMALL_PAIR = pairs.Pair([5, 6, 7, 8, 9], [5, 6, 70, 8, 9], 11, 12)
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("head", [None, 0, 2])
+@pytest.mark.parametrize(("block", "position"), [(0, 2), (1, 4), (2, 0), (3, 3)])
+def test_any_block_position_and_head_can_be_chosen(model: GPT2, block: int, position: int, head: int | None) -> None:
+    wanted = runs_by_hand(model, SMALL_PAIR, block, position, head)
+    found = charts.answers_of(model, SMALL_PAIR, charts.changes_at(model, SMALL_PAIR, block, position, head))
+    assert list(found.axes["run"]) == list(RUNS)
+    assert found.value.tolist() == pytest.approx(list(wanted.values()), abs=1e-9)
+    moved = {name: of - wanted["clean text"] for name, of in wanted.items() if name in RUNS[2:]}
+    strongest = max(moved, key=lambda name: abs(moved[name]))
+    assert charts.answers_sentence(found) == (
+        f"The logit difference is {wanted['clean text']:.3g} after the clean text and {wanted['other text']:.3g} after "
+        f"the other one. Of the four interventions, {strongest} moves it most: by {moved[strongest]:+.3g}, to "
+        f"{wanted[strongest]:.3g}."
+    )
+
+
+def test_where_nothing_moves_the_answer_the_sentence_says_so(model: GPT2) -> None:
+    """What the last block leaves at an earlier position is read by nobody."""
+    changes = charts.changes_at(model, SMALL_PAIR, 3, 1, None)
+    idle = dict.fromkeys(charts.CHANGES, changes["scaling to 0.5"])
+    said = charts.answers_sentence(charts.answers_of(model, SMALL_PAIR, idle))
+    assert said.endswith("None of the four interventions moves it at this place.")
+
+
+def test_the_shares_of_any_model_are_a_loop_of_runs(model: GPT2) -> None:
+    wanted = shares_by_hand(model, SMALL_PAIR)
+    found = charts.recovered(model, SMALL_PAIR, NAMES)
+    assert list(found.axes.items()) == [("block", [f"block {of}" for of in range(4)]), ("place", NAMES)]
+    torch.testing.assert_close(found.value, wanted, rtol=0, atol=1e-9)
+    assert found.value[:, :2].abs().max() < 1e-9, "before the token that differs both runs are one"
+    wanted[3, 4] = -torch.inf
+    block, at = divmod(int(wanted.argmax()), 5)
+    said = f"Patching recovers most at block {block}, position {NAMES[at]}: {wanted[block, at]:.3g} of the way."
+    assert charts.recovered_sentence(found).startswith(said)
+
+
+def test_texts_that_are_not_told_apart_have_no_shares_but_a_sentence(model: GPT2) -> None:
+    with torch.no_grad():
+        model.unembed.weight[12] = model.unembed.weight[11]
+    shares = charts.recovered(model, SMALL_PAIR, NAMES)
+    assert charts.recovered_sentence(shares).startswith("The logit differences after the two texts are less than 0.1")
+    assert charts.recovered_chart(shares).text == ""
+
+
+@pytest.mark.parametrize("head", [None, 1])
+def test_the_code_of_every_intervention_makes_its_very_bits(model: GPT2, head: int | None) -> None:
+    changes = charts.changes_at(model, SMALL_PAIR, 1, 2, head)
+    torch.set_default_dtype(torch.float64)
+    ids, other = (torch.tensor([of]) for of in (SMALL_PAIR.clean, SMALL_PAIR.corrupted))
+    try:
+        for change in changes.values():
+            names: dict[str, Any] = {"torch": torch, "scaled": scaled, "record": record, "patch": patch}
+            names |= {"model": model, "ids": ids, "other": other}
+            exec(charts.running(change.code), names)
+            assert names["change"].keys() == change.values.keys()
+            with torch.no_grad(), scaled(model, change.values):
+                assert torch.equal(names["logits"], model(ids))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    shown = charts.codes_of(changes)
+    assert re.findall(r"^\*(.*)\*:$", shown, re.MULTILINE) == list(RUNS[2:])
+    assert re.findall(r"```python\n(.*?)\n```", shown, re.DOTALL) == [
+        charts.running(of.code) for of in changes.values()
+    ]
+
+
+def test_the_places_of_a_pair_have_both_tokens_where_they_differ(tokenizer: Tokenizer) -> None:
+    pair, problem = charts.read_pair(tokenizer, PAIR._asdict(), 256)
+    assert pair and not problem
+    places = charts.pair_places(tokenizer, pair)
+    assert list(places.values()) == list(range(len(pair.clean)))
+    assert [name for name in places if "|" in name] == ["1 ·man | ·woman"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"corrupted": "The woman could not"}, ("different lengths: 12 tokens", "and 4 tokens")),
+        ({"clean": "The", "corrupted": "A"}, ("'The' and 'A' are one token each",)),
+        ({"clean": "", "corrupted": ""}, ("The two prompts are the same, ''",)),
+        (
+            {"clean": "the " * 70, "corrupted": "a " + "the " * 69},
+            ("more than 64, the most that this section patches",),
+        ),
+        ({"answer": "nevertheless he"}, ("The answer 'nevertheless he' is",)),
+        ({"foil": pairs.ANSWER}, ("The answer and the foil are both ' he'",)),
+        ({"clean": "\ud800 a"}, ("Unicode",)),
+        ({"corrupted": HOSTILE}, ("different lengths", "tokens")),
+    ],
+)
+def test_a_bad_pair_gets_a_sentence_and_stops_its_section_alone(
+    changed: dict[str, str], says: tuple[str, ...], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, notes = {**PAIR._asdict(), **changed}, list[str]()
+    pair, problem = charts.read_pair(tokenizer, words, 256)
+    assert pair is None
+    assert all(of in problem for of in says)
+    assert problem.endswith(".") and "\n" not in problem
+    if changed == {"corrupted": HOSTILE}:
+        monkeypatch.setattr(charts, "note", lambda sentence, *_: notes.append(sentence))
+        defined = tour.app.run(defs={"pair_texts": SimpleNamespace(value=words)})[1]
+        assert problem in notes
+        assert "shares" not in defined and "answers" not in defined and "rest" in defined
+
+
+def test_hostile_texts_of_a_pair_stay_texts(tokenizer: Tokenizer) -> None:
+    words = {**PAIR._asdict(), "clean": f"{HOSTILE} he", "corrupted": f"{HOSTILE} she"}
+    defined = tour.app.run(defs={"pair_texts": SimpleNamespace(value=words)})[1]
+    names = list(defined["places"])
+    assert names[-1].endswith("·he | ·she")
+    assert [name.split(" ", 1)[1] for name in names[:-1]] == [
+        token.replace(" ", "·") for token in tokenizer.tokens(tokenizer.encode(HOSTILE))
+    ]
+    assert not any(part in charts.codes_of(defined["changes"]) for part in ("script", "img", "<"))
+    assert defined["shares"].axes["place"] == names
+
+
+def test_the_table_of_sites_has_every_site(tiny: GPT2) -> None:
+    table = (ROOT / "experiments" / "tour" / "tour.py").read_text()
+    named = [site for row in re.findall(r"^ +\| (`.*?) \|", table, re.MULTILINE) for site in re.findall("`(.*?)`", row)]
+    assert sorted(named) == sorted({native.site for native in natives(tiny).values()})
+
+
 def test_the_lines_of_the_claims_are_the_factors(drawn: list[Chart], result: Sweep) -> None:
-    for chart, metric in ((drawn[3], "frobenius"), (drawn[6], "gauge_free")):
+    for chart, metric in ((drawn[5], "frobenius"), (drawn[8], "gauge_free")):
         same(read(chart, "factor"), by_place(**expected(result, metric)))
         assert (chart.y.title, list(chart.legend)) == (metric, ["0.5", "0.75", "1", "1.25", "1.5"])
         blue, _, grey, _, orange = map(rgb, chart.legend.values())
@@ -188,7 +421,7 @@ def test_the_lines_of_the_claims_are_the_factors(drawn: list[Chart], result: Swe
 
 
 def test_the_jump_lies_on_its_line(drawn: list[Chart], result: Sweep) -> None:
-    chart, length = drawn[4], result.statistics.clean_sq[3, 0, 1:].sum().sqrt()
+    chart, length = drawn[6], result.statistics.clean_sq[3, 0, 1:].sum().sqrt()
     points = {mark.said["factor"]: mark for mark in chart.of("symbol")}
     lines = {mark.said["factor"]: mark for mark in chart.of("line")}
     same(
@@ -207,11 +440,11 @@ def test_the_jump_lies_on_its_line(drawn: list[Chart], result: Sweep) -> None:
 def test_relative_of_both_ends_stands_beside_passive(drawn: list[Chart], result: Sweep) -> None:
     relative = expected(result, "relative")
     ends = {"factor 0.5": relative["0.5"], "factor 1.5": relative["1.5"]}
-    same(read(drawn[5]), by_place(passive=expected(result, "passive")["0.5"], **ends))
-    assert drawn[5].legend == {"passive": "#808080", "factor 0.5": charts.BLUE, "factor 1.5": charts.ORANGE}
+    same(read(drawn[7]), by_place(passive=expected(result, "passive")["0.5"], **ends))
+    assert drawn[7].legend == {"passive": "#808080", "factor 0.5": charts.BLUE, "factor 1.5": charts.ORANGE}
 
 
-@pytest.mark.parametrize(("index", "metric", "first"), [(7, "alignment", 4), (10, "frobenius", 11)])
+@pytest.mark.parametrize(("index", "metric", "first"), [(9, "alignment", 4), (12, "frobenius", 11)])
 def test_bars_of_both_ends_stand_at_their_places(
     drawn: list[Chart], result: Sweep, index: int, metric: str, first: int
 ) -> None:
@@ -234,14 +467,14 @@ def test_the_first_token_is_with_and_without(drawn: list[Chart], result: Sweep) 
         f"with{name} position 0": expected(result, "frobenius", of)["0.5"]
         for name, of in (("", "all"), ("out", "rest"))
     }
-    same(read(drawn[8]), by_place(**both))
+    same(read(drawn[10]), by_place(**both))
     clean = result.statistics.clean_sq[:, 0].sqrt()  # [place, position]
-    same(read(drawn[9]), by_place(**{"position 0": clean[:, 0], "mean of the others": clean[:, 1:].mean(1)}))
-    assert (drawn[8].y.title, drawn[9].y.title) == ("frobenius, factor 0.5", "norm of the clean stream")
+    same(read(drawn[11]), by_place(**{"position 0": clean[:, 0], "mean of the others": clean[:, 1:].mean(1)}))
+    assert (drawn[10].y.title, drawn[11].y.title) == ("frobenius, factor 0.5", "norm of the clean stream")
 
 
 def test_the_last_sentence_has_the_lengths_and_the_shares(toured: Tour, result: Sweep) -> None:
-    numbers = [float(of) for of in re.findall(r"(?<=[ (])\d+\.?\d*(?=[ ,.])", toured.notes[6])]
+    numbers = [float(of) for of in re.findall(r"(?<=[ (])\d+\.?\d*(?=[ ,.])", toured.notes[8])]
     clean = result.statistics.clean_sq[-2:, 0, 1:].sum(-1).sqrt()
     relative = expected(result, "relative")
     wanted = [*clean, 0.5, *relative["0.5"][-2:], 1.5, *relative["1.5"][-2:]]
@@ -249,7 +482,7 @@ def test_the_last_sentence_has_the_lengths_and_the_shares(toured: Tour, result: 
 
 
 def test_the_sentence_on_alignment_has_its_numbers(toured: Tour, result: Sweep) -> None:
-    sentence = toured.notes[3]
+    sentence = toured.notes[5]
     for factor in ("0.5", "1.5"):
         part = sentence[sentence.index(f"At factor {factor}") :]
         later = expected(result, "alignment")[factor][4:-1]
@@ -265,7 +498,7 @@ def test_every_claim_has_the_verdict_of_the_study(toured: Tour, tiny: GPT2, toke
     settings = GridSettings(model=str(TINY), prompt=tour.PROMPT, parity=False, layers=(2,), factors=factors)
     experiment = Divergence(settings)
     verdicts = experiment.verdicts(run_prompt(experiment, tiny, tokenizer))
-    for said, verdict in zip([toured.notes[of] for of in (1, 2, 4, 5, 7)], verdicts, strict=True):
+    for said, verdict in zip([toured.notes[of] for of in (3, 4, 6, 7, 9)], verdicts, strict=True):
         assert said.startswith(f"On this text: {verdict.verdict}. {verdict.sentence} ")
         assert said.split()[-6:] == verdict.evidence.split()[-6:]
 
@@ -273,9 +506,9 @@ def test_every_claim_has_the_verdict_of_the_study(toured: Tour, tiny: GPT2, toke
 def test_the_curves_of_the_copying_model_are_its_log(drawn: list[Chart]) -> None:
     log = copier.read_log(ROOT / "weights" / "copier" / copier.LOG_FILE)
     for chart, title, fields in (
-        (drawn[11], "loss, nats per token", {"first copy": "first_copy", "second copy": "second_copy"}),
+        (drawn[13], "loss, nats per token", {"first copy": "first_copy", "second copy": "second_copy"}),
         (
-            drawn[12],
+            drawn[14],
             "share of attention",
             {"previous token, block 0": "previous_token", "prefix matching, block 1": "prefix_matching"},
         ),
@@ -296,7 +529,7 @@ def test_the_patterns_of_the_copying_model_are_its_heads(toured: Tour) -> None:
     with torch.no_grad():
         patterns = model.attention_patterns(ids)
     heads = copier.previous_token(patterns)[0].argmax(), copier.prefix_matching(patterns)[1].argmax()
-    for chart, layer, head in zip(toured.charts[13:15], (0, 1), heads, strict=True):
+    for chart, layer, head in zip(toured.charts[15:17], (0, 1), heads, strict=True):
         assert chart.legend_title == f"attention of head {head} in block {layer}"
         cells = {(chart.y.label(of.middle), chart.x.label(of.x)): of for of in chart.of("rect")}
         places = list(chart.x.labels)
@@ -311,7 +544,7 @@ def test_the_patterns_of_the_copying_model_are_its_heads(toured: Tour) -> None:
 def test_without_the_first_head_the_sentence_says_that_copying_is_gone(toured: Tour) -> None:
     model, head = toured.defined["copies"], toured.defined["previous"]
     _, whole, found = charts.copying(model, head, 1.0)
-    assert toured.notes[8] == charts.copying_sentence(1.0, whole, found)
+    assert toured.notes[10] == charts.copying_sentence(1.0, whole, found)
     assert whole == copier.copy_losses(model, copier.shown_twice())[1]
     pattern, loss, lost = charts.copying(model, head, 0.0)
     assert loss > 2 > 0.2 > whole and lost < 0.2 < 0.5 < found
@@ -566,6 +799,8 @@ def test_a_browser_shows_it_moves_it_and_cannot_be_tricked_by_it(
         page.goto(address)
         is_whole(page)
         moves(page, tiny, tokenizer)
+        moves_the_place(page)
+        takes_a_hostile_pair(page, dialogs)
         takes_a_hostile_prompt(page, dialogs)
         refuses_a_prompt_of_one_token(page)
         browser.close()
@@ -596,9 +831,31 @@ def moves(page: Any, tiny: GPT2, tokenizer: Tokenizer) -> None:
     assert kl.inner_text() == after
 
 
+def moves_the_place(page: Any) -> None:
+    """Another block, position and head are chosen, and the code below has them."""
+    for label, option in (("Block of the place", "block 5"), ("Position", "3 ·not"), ("Edge of", "head 1")):
+        page.get_by_label(label, exact=True).select_option(label=option)
+    for code in ('patch("blocks.5.output", values, positions=[3])', "shift[:, 1, -1, 3] = -torch.inf"):
+        page.wait_for_function("code => document.body.innerText.includes(code)", arg=code)
+
+
+def takes_a_hostile_pair(page: Any, dialogs: list[str]) -> None:
+    """While one text is changed and the other not yet, there is a sentence; then both are shown to the letter."""
+    for label, word in (("Clean", " he"), ("Other", " she")):
+        page.get_by_label(label, exact=True).fill(HOSTILE.partition(" **")[0] + word)  # fewer tokens, fewer patches
+        page.keyboard.press("Enter")
+        if label == "Clean":
+            page.get_by_text("The prompts have different lengths").wait_for()
+    page.locator("option", has_text="·he | ·she").wait_for(state="attached")
+    page.locator(".tour-note").nth(NOTES - 1).wait_for()
+    page.locator(".vega-embed svg, .vega-embed canvas").nth(CHARTS - 1).wait_for()
+    assert page.locator("img[src=x]").count() == 0
+    assert not dialogs
+
+
 def takes_a_hostile_prompt(page: Any, dialogs: list[str]) -> None:
     """It is shown to the letter, and nothing of it becomes an element."""
-    page.get_by_label("Text").fill(HOSTILE)
+    page.get_by_label("Text", exact=True).fill(HOSTILE)
     page.keyboard.press("Enter")
     shown = "text => [...document.querySelectorAll('.tour-tokens span span')].map(e => e.innerText).join('') === text"
     page.wait_for_function(shown, arg=HOSTILE.replace(" ", "·"))
@@ -611,7 +868,7 @@ def takes_a_hostile_prompt(page: Any, dialogs: list[str]) -> None:
 
 def refuses_a_prompt_of_one_token(page: Any) -> None:
     """With a sentence that quotes it to the letter, while the headings stay."""
-    page.get_by_label("Text").fill("<")
+    page.get_by_label("Text", exact=True).fill("<")
     page.keyboard.press("Enter")
     page.get_by_text("The prompt '<' is one token").wait_for()
     assert page.locator("h1, h2, h3").count() == len(TITLES)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import marimo as mo
@@ -18,14 +18,16 @@ from torch import Tensor
 from experiments.divergence import claims
 from experiments.divergence.rows import measured
 from experiments.harness.experiment import encode_prompt
+from experiments.harness.pairs import DIFFERING, LEAST_GAP, Pair, Words, differences, share_of
 from experiments.harness.table import Table, Tables, by_measure, of_text
 from experiments.harness.verdicts import Verdict
+from experiments.knockout import knock
 from experiments.page.charts import FACTOR_COLOURS
-from experiments.page.figures import VISIBLE
+from experiments.page.figures import VISIBLE, reach_of, token_labels
 from experiments.tools import copier
-from minigpt import GPT2, Comparison, Sweep, Tokenizer, scaled
+from minigpt import GPT2, Comparison, Sweep, Tokenizer, compare_logits, logit_difference, patch, record, scaled
 from minigpt.measures import Measure
-from minigpt.parameters import parameter_name
+from minigpt.parameters import Values, parameter_name
 
 FINAL = "final norm"
 STUDIED, LOW, HIGH = 2, 0.5, 1.5
@@ -37,6 +39,11 @@ LINES = alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=2, symbo
 MONO = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;"
 CHIP = "display:inline-block;margin:2px;padding:1px 5px;border-radius:4px;background:#8080802e;text-align:center;"
 COMPARED: tuple[Measure, ...] = ("frobenius", "relative", "passive", "kl")
+TEXTS = ("clean text", "other text")
+CHANGES = (f"scaling to {LOW:g}", "steering", "patching", "removing the edge")
+"""What is done to the clean text, at one place."""
+LONGEST = 64
+"""Tokens of a text that is patched everywhere: as many columns of a heat map as have room for their names."""
 Rows = list[dict[str, Any]]
 
 
@@ -158,9 +165,12 @@ def code_of(scales: Mapping[str, float | Tensor]) -> str:
             lines.append(f'    "{name}": torch.tensor({[round(number, 2) for number in value.tolist()]}),')
         elif not isinstance(value, Tensor) and value != 1:
             lines.append(f'    "{name}": {value:g},')
-    return "\n".join(
-        ["change = {", *lines, "}", "with torch.no_grad(), scaled(model, change):", "    logits = model(ids)"]
-    )
+    return running("\n".join(["change = {", *lines, "}"]))
+
+
+def running(change: str) -> str:
+    """Python that runs the model under a change, after the lines that make it."""
+    return f"{change}\nwith torch.no_grad(), scaled(model, change):\n    logits = model(ids)"
 
 
 def compared(comparison: Comparison, names: Sequence[str]) -> Table:
@@ -233,6 +243,178 @@ def likely_html(clean: Sequence[tuple[int, str, float]], scaled_run: Sequence[tu
     style = "width:100%;table-layout:fixed;border-collapse:separate;border-spacing:4px 2px;font-size:0.9rem"
     rows = f"<tr>{titles}</tr>{''.join(lines)}"
     return f'<table class="tour-likely" style="{style}"><colgroup>{columns}</colgroup>{rows}</table>'
+
+
+def read_pair(tokenizer: Tokenizer, words: Mapping[str, str], n_positions: int) -> tuple[Pair | None, str]:
+    """Two texts and two answers as tokens and nothing, or no pair and a sentence that says what is wrong with it."""
+    most = min(LONGEST, n_positions)
+    try:
+        return Pair.encoded(Words(**words), tokenizer, most, "the most that this section patches"), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def pair_places(tokenizer: Tokenizer, pair: Pair) -> dict[str, int]:
+    """Every position by its name: the number and the token, or both texts' tokens where they differ."""
+    names = token_labels(tokenizer.tokens(pair.clean))
+    for at in pair.groups[DIFFERING]:
+        names[at] += f" | {tokenizer.decode([pair.corrupted[at]]).translate(VISIBLE)}"
+    return {name: at for at, name in enumerate(names)}
+
+
+class Change(NamedTuple):
+    """One intervention: what `compare_logits` takes, and Python that makes it."""
+
+    values: Values
+    code: str
+    """It leaves the values in `change`; `ids` and `other` are the two texts, [1, position]."""
+
+
+def changes_at(model: GPT2, pair: Pair, block: int, position: int, head: int | None) -> dict[str, Change]:
+    """The interventions of `CHANGES` at one place, by name; `head` is the one whose edge is removed, None for all."""
+    site = f"blocks.{block}.output"
+    mine, theirs = (record(model, [text], [site])[site] for text in (pair.clean, pair.corrupted))
+    made = (
+        _scaling(site, mine, position),
+        _steering(site, mine, theirs, position),
+        _patching(site, theirs, position),
+        _removing(model, pair, block, position, head),
+    )
+    return dict(zip(CHANGES, made, strict=True))
+
+
+def _scaling(site: str, stream: Tensor, position: int) -> Change:
+    scale = torch.ones_like(stream[..., :1])
+    scale[:, position] = LOW
+    code = (
+        f"scale = torch.ones({_sizes(scale)})  # [text, position, n_embd]\nscale[:, {position}] = {LOW:g}\n"
+        f'change = {{"{site}_scale": scale}}'
+    )
+    return Change({f"{site}_scale": scale}, code)
+
+
+def _steering(site: str, mine: Tensor, theirs: Tensor, position: int) -> Change:
+    shift = torch.zeros_like(mine)
+    shift[:, position] = theirs.mean(1) - mine.mean(1)
+    code = (
+        f'mine = record(model, ids, ["{site}"])["{site}"]  # [text, position, n_embd]\n'
+        f'theirs = record(model, other, ["{site}"])["{site}"]\n'
+        f"shift = torch.zeros_like(mine)\nshift[:, {position}] = theirs.mean(1) - mine.mean(1)\n"
+        f'change = {{"{site}_shift": shift}}'
+    )
+    return Change({f"{site}_shift": shift}, code)
+
+
+def _patching(site: str, theirs: Tensor, position: int) -> Change:
+    code = (
+        f'values = record(model, other, ["{site}"])["{site}"]\nchange = patch("{site}", values, positions=[{position}])'
+    )
+    return Change(patch(site, theirs, positions=[position]), code)
+
+
+def _removing(model: GPT2, pair: Pair, block: int, position: int, head: int | None) -> Change:
+    values = knock(pair, [position], [block], head, model.config.n_head)
+    ((name, shift),) = values.items()
+    code = (
+        f"shift = torch.zeros({_sizes(shift)})  # [text, head, query, key]\n"
+        f'shift[:, {":" if head is None else head}, -1, {position}] = -torch.inf\nchange = {{"{name}": shift}}'
+    )
+    return Change(values, code)
+
+
+def _sizes(value: Tensor) -> str:
+    return ", ".join(map(str, value.shape))
+
+
+def codes_of(changes: Mapping[str, Change]) -> str:
+    """Python of every change, as Markdown; there is no text of the reader's in it."""
+    return "\n\n".join(f"*{name}*:\n\n```python\n{running(change.code)}\n```" for name, change in changes.items())
+
+
+def answers_of(model: GPT2, pair: Pair, changes: Mapping[str, Change]) -> Table:
+    """The logit difference, answer minus foil, after both texts and after the clean one under each change: [run]."""
+    done = [change.values for change in changes.values()]
+    texts, changed = compare_logits(model, [pair.clean, pair.corrupted], done, pair.tokens)
+    found = torch.cat([logit_difference(of, 0, 1) for of in (texts, changed[:, 0])])
+    return Table({"run": [*TEXTS, *changes]}, found)
+
+
+def answers_chart(found: Table, words: Mapping[str, str]) -> Any:
+    """A bar for every run, and a dashed line where the clean text's ends."""
+    runs, title = found.axes["run"], f"logit of {words['answer']!r} minus logit of {words['foil']!r}"
+    colours = alt.Scale(domain=list(runs), range=[GREY] * len(TEXTS) + [BLUE] * len(CHANGES))
+    across = alt.X("value:Q", title=title)
+    encoding = {
+        "y": alt.Y("run:N", title=None, sort=list(runs), axis=alt.Axis(labelLimit=200)),
+        "color": alt.Color("run:N", scale=colours, legend=None),
+        "tooltip": ["run:N", alt.Tooltip("value:Q", format=".4g")],
+    }
+    bars_of = alt.Chart(alt.Data(values=list(found.rows()))).mark_bar().encode(x=across, **encoding)
+    clean = alt.Chart(alt.Data(values=[{"value": float(found.at(run=TEXTS[0]).value)}]))
+    return sized(bars_of + clean.mark_rule(strokeDash=[5, 4], color=GREY).encode(x=across))
+
+
+def answers_sentence(found: Table) -> str:
+    """Which intervention moves the answer most, in numbers."""
+    (clean, other), after = found.value[: len(TEXTS)].tolist(), found.at(run=list(CHANGES)).value.tolist()
+    strongest, ends = max(zip(CHANGES, after, strict=True), key=lambda run: abs(run[1] - clean))
+    texts = f"The logit difference is {clean:.3g} after the clean text and {other:.3g} after the other one."
+    if ends == clean:
+        return f"{texts} None of the four interventions moves it at this place."
+    return f"{texts} Of the four interventions, {strongest} moves it most: by {ends - clean:+.3g}, to {ends:.3g}."
+
+
+def recovered(model: GPT2, pair: Pair, places: Sequence[str]) -> Table:
+    """The share of the way to the other text's logit difference that patching a block's output at one position goes:
+    [block, place]; not a number where the texts are less than `LEAST_GAP` apart."""
+    sites = [f"blocks.{block}.output" for block in range(model.config.n_layer)]
+    values = record(model, [pair.corrupted], sites)
+    patches = [patch(site, values[site], positions=[at]) for site in sites for at in range(len(places))]
+    before, after = compare_logits(model, [pair.clean], patches, pair.tokens)
+    moved = logit_difference(after - before, 0, 1).view(len(sites), len(places))
+    clean, other = differences(model, pair)
+    blocks = [f"block {block}" for block in range(len(sites))]
+    return Table({"block": blocks, "place": list(places)}, share_of(moved, other - clean))
+
+
+def recovered_chart(shares: Table) -> Any:
+    """The shares as a heat map, around 0; nothing where there are none."""
+    rows = list(shares.rows())
+    reach = reach_of([{"value": [row["value"] for row in rows]}])
+    scale = alt.Scale(scheme="blueorange", domain=[-reach, reach])
+    title = "share of the way to the other text's answer"
+    x, y = ("place", "position, and its token in both texts"), ("block", "output of")
+    return heat_map(rows, x, y, title, scale) if rows else mo.Html("")
+
+
+def recovered_sentence(shares: Table) -> str:
+    """Where patching recovers most, in numbers."""
+    if bool(shares.value.isnan().any()):
+        return (
+            f"The logit differences after the two texts are less than {LEAST_GAP:g} apart, so a share of that means "
+            "nothing. Take texts or answers that the model tells apart."
+        )
+    asked = shares.value.clone()
+    asked[-1, -1] = -torch.inf
+    block, at = divmod(int(asked.argmax()), asked.shape[1])
+    return (
+        f"Patching recovers most at {shares.axes['block'][block]}, position {shares.axes['place'][at]}: "
+        f"{asked[block, at]:.3g} of the way. The last block at the last position is not counted: what stands there is "
+        "all that the logits are made of."
+    )
+
+
+def heat_map(rows: Rows, across: tuple[str, str], down: tuple[str, str], title: str, scale: alt.Scale) -> Any:
+    """A cell for each row of two fields, each given with its axis' title, in the order of the rows."""
+    axis = alt.Axis(labelOverlap=False, grid=False, labelLimit=120)
+    legend = alt.Legend(orient="top", titleLimit=500)
+    encoding = {
+        "x": alt.X(f"{across[0]}:N", title=across[1], sort=None, axis=axis),
+        "y": alt.Y(f"{down[0]}:N", title=down[1], sort=None, axis=axis),
+        "color": alt.Color("value:Q", title=title, scale=scale, legend=legend),
+        "tooltip": [f"{down[0]}:N", f"{across[0]}:N", alt.Tooltip("value:Q", format=".4g")],
+    }
+    return sized(alt.Chart(alt.Data(values=rows)).mark_rect().encode(**encoding))
 
 
 def tables_of(result: Sweep, alone: Sequence[Sweep]) -> Tables:
@@ -411,15 +593,8 @@ def pattern_chart(pattern: Tensor, tokens: Sequence[str], title: str) -> Any:
     """What one head attends to, [query, key]: a row for each query."""
     names = [f"{position} {token}" for position, token in enumerate(tokens)]
     rows = list(Table({"query": names, "key": names}, pattern).rows())
-    axis = alt.Axis(labelOverlap=False, grid=False)
-    scale = alt.Scale(scheme="viridis", domain=[0, 1])
-    encoding = {
-        "x": alt.X("key:N", title="position that is read, and its token", sort=None, axis=axis),
-        "y": alt.Y("query:N", title="position that reads", sort=None, axis=axis),
-        "color": alt.Color("value:Q", title=title, scale=scale, legend=alt.Legend(orient="top", titleLimit=500)),
-        "tooltip": ["query:N", "key:N", alt.Tooltip("value:Q", format=".3g")],
-    }
-    return sized(alt.Chart(alt.Data(values=rows)).mark_rect().encode(**encoding))
+    x, y = ("key", "position that is read, and its token"), ("query", "position that reads")
+    return heat_map(rows, x, y, title, alt.Scale(scheme="viridis", domain=[0, 1]))
 
 
 def letters(ids: Sequence[int]) -> list[str]:

@@ -23,6 +23,8 @@ with app.setup:
 
     from experiments.divergence import claims
     from experiments.harness.experiment import PROMPT
+    from experiments.harness.pairs import ANSWER, CORRUPTED, DIFFERING, FOIL
+    from experiments.harness.pairs import PROMPT as CLEAN
     from experiments.page.figures import place_names
     from experiments.tools import copier
     from experiments.tour import charts
@@ -121,9 +123,9 @@ def _():
 
     $$
     \begin{aligned}
-    u &= x + s_{\text{attention}}\,\mathrm{attention}(\mathrm{norm}(x)) \\
-    y &= u + s_{\text{mlp}}\,\mathrm{mlp}(\mathrm{norm}(u)) \\
-    \mathrm{out} &= s_{\text{output}}\,y
+    u &= x + s_{\text{attention}}\,\mathrm{attention}(\mathrm{norm}(x)) + t_{\text{attention}} \\
+    y &= u + s_{\text{mlp}}\,\mathrm{mlp}(\mathrm{norm}(u)) + t_{\text{mlp}} \\
+    \mathrm{out} &= s_{\text{output}}\,y + t_{\text{output}}
     \end{aligned}
     $$
 
@@ -131,18 +133,23 @@ def _():
     in its own way. With $z_h$ for what head $h$ has read:
 
     $$
-    \mathrm{attention} = W_O\,\mathrm{concat}_h(s_{\text{head},h}\,z_h) + b_O
+    \mathrm{attention} = W_O\,\mathrm{concat}_h(s_{\text{head},h}\,z_h + t_{\text{head},h}) + b_O
     $$
 
-    The *MLP* works on every position by itself. Each $s$ is a **scale**, a number that is 1 until you change it. At 1
-    it changes nothing, not even the last bit.
+    The *MLP* works on every position by itself. A place where you can act is a **site**. One law holds at every site:
+    $a \leftarrow s\,a + t$. The **scale** $s$ is 1 until you change it, the **shift** $t$ is 0. Then they change
+    nothing, not even the last bit. They are called after their site: `output_scale`, `output_shift`.
 
-    | scale | what it multiplies |
+    | site | what it is |
     |:---|:---|
-    | `output_scale` | the whole stream as it leaves the block, with all that was written before |
-    | `attention_scale` | only what this block's attention adds; 0 removes it |
-    | `mlp_scale` | only what this block's MLP adds; 0 removes it |
-    | `head_scale` | what one head brings, before $W_O$ mixes the heads |
+    | `embedding` | the stream before the first block |
+    | `output` | the whole stream as it leaves the block, with all that was written before |
+    | `attention` | only what this block's attention adds; a scale of 0 removes it |
+    | `mlp` | only what this block's MLP adds; a scale of 0 removes it |
+    | `head` | what one head brings, before $W_O$ mixes the heads |
+    | `query`, `key`, `value` | what attention is made of: a query is compared with keys, and values are what is read |
+    | `score` | how well query and key match; it has a shift alone, and at minus infinity the key is not read |
+    | `neuron` | one unit of the MLP's hidden layer |
 
     There are two traps. To skip a block, set `attention_scale` and `mlp_scale` to 0: an `output_scale` of 0 erases the
     stream. And with every head at 0, the bias $b_O$ is still added; an `attention_scale` of 0 removes it too.
@@ -262,15 +269,131 @@ def _(scales):
 
 @app.cell(hide_code=True)
 def _():
+    mo.md("""
+    ## 5. Put something else there
+
+    A scale makes what is there larger or smaller. With a shift you can put something else there. Take it from another
+    text: one with as many tokens, in which a word differs. The first text is the **clean** one. It calls for the
+    **answer**, and the other text calls for the **foil**. After the last token, the logit of the answer minus that of
+    the foil is the **logit difference**. Above 0 the model prefers the answer, below 0 the foil.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    pair_texts = mo.md("{clean}\n\n{corrupted}\n\n{answer} {foil}").batch(
+        clean=mo.ui.text(value=CLEAN, label="Clean", full_width=True),
+        corrupted=mo.ui.text(value=CORRUPTED, label="Other", full_width=True),
+        answer=mo.ui.text(value=ANSWER, label="Answer, one token"),
+        foil=mo.ui.text(value=FOIL, label="Foil, one token"),
+    )
+    pair_texts
+    return (pair_texts,)
+
+
+@app.cell(hide_code=True)
+def _(model, pair_texts, tokenizer):
+    pair, pair_problem = charts.read_pair(tokenizer, pair_texts.value, model.config.n_positions)
+    mo.stop(bool(pair_problem), charts.note(pair_problem, "warn"))
+    return (pair,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    Choose a place: a block, and a position. Four things are done there, each by itself, in the run of the clean text:
+
+    - **Scaling.** The block's output at this position is halved.
+    - **Steering.** A direction is added to the block's output at this position. It is the mean of the stream there,
+      over all positions, of the other text minus that of the clean one.
+      The mean thins out what a single token does.
+    - **Patching.** The block's output at this position is replaced by what it is in the other text: the scale is 0
+      there, and the shift is the other text's value.
+    - **Removing an edge.** An edge is the way from one position to another that it reads. In this block the last
+      position cannot read this one: all heads lose the edge, or the head that you choose.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(model):
+    place_block = mo.ui.dropdown(
+        {f"block {n}": n for n in range(model.config.n_layer)}, f"block {STUDIED}", label="Block of the place"
+    )
+    edge_head = mo.ui.dropdown(
+        {"all heads": None, **{f"head {n}": n for n in range(model.config.n_head)}}, "all heads", label="Edge of"
+    )
+    return edge_head, place_block
+
+
+@app.cell(hide_code=True)
+def _(pair, tokenizer):
+    places = charts.pair_places(tokenizer, pair)
+    place_position = mo.ui.dropdown(places, list(places)[pair.groups[DIFFERING][0]], label="Position")
+    return place_position, places
+
+
+@app.cell(hide_code=True)
+def _(edge_head, place_block, place_position):
+    mo.hstack([place_block, place_position, edge_head], justify="start", wrap=True)
+    return
+
+
+@app.cell(hide_code=True)
+def _(edge_head, model, pair, pair_texts, place_block, place_position):
+    changes = charts.changes_at(model, pair, place_block.value, place_position.value, edge_head.value)
+    answers = charts.answers_of(model, pair, changes)
+    mo.vstack([charts.answers_chart(answers, pair_texts.value), charts.note(charts.answers_sentence(answers))])
+    return answers, changes
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    Now every place is patched, one at a time. A share of 0 means that the answer is as after the clean text. At 1 the
+    model answers as it does after the other text.
+
+    *What to look at:* before the first token that differs both runs are the same, and the share is 0. In the
+    embeddings only the tokens that differ tell the two texts apart. After the last block only the last position
+    counts. In between, attention carries the difference from position to position, and you see in which blocks.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(model, pair, places):
+    shares = charts.recovered(model, pair, list(places))
+    mo.vstack([charts.recovered_chart(shares), charts.note(charts.recovered_sentence(shares))])
+    return (shares,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md("""
+    This is what was done at the place that you chose, in Python. `ids` are the tokens of the clean text, `other` those
+    of the other one.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(changes):
+    mo.md(charts.codes_of(changes))
+    return
+
+
+@app.cell(hide_code=True)
+def _():
     mo.md(f"""
-    ## 5. Five claims
+    ## 6. Five claims
 
     The study of this project tests five claims of a lecture. The lecture scaled the output of block {STUDIED} by
-    factors from {LOW:g} to {HIGH:g} and followed the change to the end of the model. The place where a scale acts is
-    its **site**, the value given to it is its **factor**.
+    factors from {LOW:g} to {HIGH:g} and followed the change to the end of the model. The value given to
+    a scale is its **factor**.
 
-    Here it is done on your text, so the verdicts are about your text and this model. The sliders above play no part.
-    All measures leave position 0 out, unless they say otherwise.
+    Here it is done on your text of section 1, so the verdicts are about that text and this model. The sliders and
+    choices above play no part. All measures leave position 0 out, unless they say otherwise.
     """)
     return
 
@@ -438,7 +561,7 @@ def _(norms, rest, verdicts):
 @app.cell(hide_code=True)
 def _():
     mo.md(f"""
-    ## 6. How two heads learn to copy
+    ## 7. How two heads learn to copy
 
     This section has a model of its own, `weights/copier`: two blocks, with one head each, trained in a minute on
     pieces of random tokens that come again and again. Nothing but an earlier copy foretells the next token. It is
@@ -503,12 +626,15 @@ def _(copies, copy_slider, induction, previous):
 @app.cell(hide_code=True)
 def _():
     mo.md("""
-    ## 7. Where to go next
+    ## 8. Where to go next
 
     - `minigpt/model.py` is the whole model in one file. Read `Block.forward` beside the equations above.
     - `make study` runs the five claims with every check and writes tables and figures to `results/study`.
     - `.venv/bin/python -m experiments.divergence --help` shows other sites, other blocks, other models, and whole
       collections of texts. One sentence proves little.
+    - `.venv/bin/python -m experiments.patching` patches every place and every head, and takes collections of pairs.
+      `experiments.knockout` removes edges, `experiments.ablation` removes heads and neurons, `experiments.steering`
+      makes a direction from many pairs and asks what it costs, `experiments.lens` reads a prediction at every depth.
     - `.venv/bin/minigpt generate weights/tiny --prompt "The old man" --scale blocks.2.output_scale=0.5` writes a text
       with a scale changed.
     - `.venv/bin/python -m experiments.copier --output results/copier` trains the model that copies, while you wait.
