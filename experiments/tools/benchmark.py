@@ -202,7 +202,7 @@ def agrees(norms: Tensor | None, ours: Tensor | None, tolerance: float) -> bool:
     return bool(((norms.double().cpu() - ours).abs() <= tolerance * ours.amax((1, 2), keepdim=True)).all())
 
 
-PATCHED = "minigpt, record and one compare"
+PATCHED = "minigpt, record and one compare_logits"
 PATCH_POSITIONS = 16
 PATCHING = """One pair of texts of {positions} random tokens. While one runs, a piece of the other's activations takes
 the place of its own, and the difference of two tokens' logits after the last position is kept. Everyone records the
@@ -604,7 +604,9 @@ def main(
     """Measure everything, or some sections anew, and write the report."""
     missing = "".join(f" Not installed here, so absent: {name}." for name in peers.absent())
     report = {"": introduction(repetitions, missing), **sections_of(output)}
-    report[""] = introduction(repetitions, missing)
+    if not sections:
+        report[""] = introduction(repetitions, missing)
+    stamp = f"{stamp_of(repetitions)}\n\n" if sections else ""  # the introduction's is that of the others
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), repetitions)
         measures: dict[str, Callable[[], str]] = {
@@ -621,7 +623,7 @@ def main(
         for title, measure in measures.items():
             if title.startswith(tuple(sections.split(","))):
                 echo(f"## {title}")
-                report[title] = measure().strip()
+                report[title] = stamp + measure().strip()
                 echo(report[title])
                 text = [
                     f"## {name}\n\n{report[name]}" if name else report[name]
@@ -629,6 +631,11 @@ def main(
                     if name in report
                 ]
                 write_text(output, "\n\n".join(text) + "\n")
+
+
+def stamp_of(repetitions: int) -> str:
+    """When, where and how often a section was measured by itself."""
+    return f"Measured on {date.today().isoformat()}, in {repetitions} turns. {machine()}"
 
 
 def introduction(repetitions: int, absent: str) -> str:
