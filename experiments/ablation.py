@@ -123,6 +123,11 @@ class Reference:
     """How many the means are of."""
 
     @property
+    def words(self) -> str:
+        """What the means are of."""
+        return f"means over {counted(self.positions, 'position')} of {counted(self.texts, 'text')}"
+
+    @property
     def digest(self) -> str:
         """The sha256 of all that decides a run."""
         total = hashlib.sha256(repr(self.neurons).encode())
@@ -347,7 +352,7 @@ class Ablation(Experiment[Ablated]):
     def lines(self, study: Study[Ablated], columns: int) -> Iterator[str]:  # noqa: ARG002
         """The heads that matter most, and what the neurons come to."""
         reference, heads = self.reference, study.tables["heads"]
-        yield f"means over {counted(reference.positions, 'position')} of {counted(reference.texts, 'text')}"
+        yield reference.words
         if self.pair:
             clean = study.tables["logit_difference"]
             yield f"logit of {self.settings.answer!r} less that of {self.settings.foil!r}: {within(clean)}"
@@ -364,7 +369,7 @@ class Ablation(Experiment[Ablated]):
 
     def figures(self, study: Study[Ablated]) -> Figures:
         """The report's charts."""
-        return _figures(study, self.metrics)
+        return _figures(study, self.metrics, self.reference)
 
 
 # What is checked.
@@ -508,7 +513,7 @@ def _neurons_in_words(tables: Tables) -> Iterator[str]:
     yield f"correlation of estimated and real loss change: {within(tables['tests'].at(test=TESTS[3]))}"
 
 
-def _figures(study: Study[Ablated], metrics: Sequence[str]) -> Figures:
+def _figures(study: Study[Ablated], metrics: Sequence[str], reference: Reference) -> Figures:
     heads = study.tables["heads"]
     blocks = [f"block {layer}" for layer in heads.axes["layer"]]
     columns = [str(head) for head in heads.axes["head"]]
@@ -519,7 +524,7 @@ def _figures(study: Study[Ablated], metrics: Sequence[str]) -> Figures:
     if "neurons" in study.tables:
         data["neurons"] = _neuron_rows(study.tables)
         shown.append(_points(data["neurons"], study.windows is not None))
-    control = Control("ablation", "set to", [(of, of) for of in ABLATIONS], MEAN)
+    control = Control("ablation", f"set to ({reference.words})", [(of, of) for of in ABLATIONS], MEAN)
     return Figures(shown, data, places, [control])
 
 

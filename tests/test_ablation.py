@@ -432,6 +432,12 @@ def test_the_maps_show_every_head_where_it_is(metric: str, how: str) -> None:
     assert cells == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+def test_page_and_terminal_say_what_the_means_are_of(of_corpus: Ran) -> None:
+    said = f"means over {len(TEXTS[0]) + len(TEXTS[1])} positions of 2 texts"
+    assert of_corpus.figures.controls[0].label == f"set to ({said})"
+    assert said in of_corpus.experiment.lines(of_corpus.study, 100)
+
+
 def test_the_bars_show_the_heads_that_matter_most_with_their_intervals(of_corpus: Ran) -> None:
     for ran in (of_prompt(), of_corpus):
         chart = shown(ran.figures, "top")
