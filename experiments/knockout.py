@@ -239,7 +239,10 @@ class Knockout(PairExperiment[Knocked]):
         decided = [
             ("The model tells the two prompts apart", told_apart(ends.at(run="clean"), ends.at(run="gap"))),
             ("The last token reads the tokens that differ", _needed(spans.at(key=DIFFERING), self.settings.span)),
-            ("It needs no other token", _spared({name: spans.at(key=name) for name in (BEFORE, BETWEEN)}, study)),
+            (
+                "It needs no other group of tokens by itself",
+                _spared({name: spans.at(key=name) for name in (BEFORE, BETWEEN)}, study),
+            ),
             ("A single head reads a fifth of it", _one_head(study.tables["heads"].at(metric=LOST))),
         ]
         return [Verdict.of(number, claim, of, study.basis) for number, (claim, of) in enumerate(decided, start=1)]
@@ -324,7 +327,8 @@ def _spared(spans: dict[str, Table], study: Study[Knocked]) -> Decision:
             "holds": "Kept from reading them, the model prefers the answer nearly as much as before, or more.",
             "does not hold": "It is read from other tokens too, which may have read it before.",
         }.get(outcome, UNDECIDED),
-        f"Of the gap is lost, without the edges to the {said}; the claim needs less than {SPARED} for every span.",
+        f"Without its edges to a group, the last token loses this share of the gap: {said}. The claim needs less than "
+        f"{SPARED} for every span.",
         figures_of(**{name.replace(" ", "_"): of for name, of in known.items()}),
         "last",
     )

@@ -7,8 +7,8 @@ The clean prompt calls for the answer, the corrupted one for the foil; the logit
 minus that of the foil, after the last token. Denoising, the default, puts values of the clean run into the corrupted
 run, at one place at a time, and asks what share of the two prompts' gap comes back: a place that recovers it is enough.
 Noising puts corrupted values into the clean run, and asks what share is lost: a place that loses it is needed
-(activation patching: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2; Zhang and Nanda
-2024, "Towards Best Practices of Activation Patching in Language Models", compare the directions and the metrics).
+(activation patching: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2; Heimersheim and
+Nanda 2024, "How to use and interpret activation patching", compare the two directions).
 
 Places are the output, the attention write and the MLP write of every block at every position, or over a corpus of pairs
 at groups of positions; and every head, at all positions together. Beside each share stands what attribution patching

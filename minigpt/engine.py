@@ -124,8 +124,11 @@ class Job:
 
 def _checked_tokens(tokens: Tensor | Sequence[Any], texts: int, size: int) -> Tensor:
     """Tokens for every text: [batch, token]."""
-    found = torch.as_tensor(tokens)
-    if found.ndim not in (1, 2) or found.dtype.is_floating_point or (found.ndim == 2 and len(found) not in (1, texts)):
+    try:
+        found = torch.as_tensor(tokens)
+    except (TypeError, ValueError):
+        found = torch.empty(0, 0, 0)
+    if found.ndim not in (1, 2) or found.dtype != torch.int64 or (found.ndim == 2 and len(found) not in (1, texts)):
         raise ValueError(f"The tokens are {tokens!r}; expected token ids [token], or [batch, token] for {texts} texts.")
     if not found.numel() or not 0 <= int(found.min()) <= int(found.max()) < size:
         raise ValueError(f"The tokens are {found.tolist()}; expected at least one, from 0 to {size - 1}.")

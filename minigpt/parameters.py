@@ -268,8 +268,10 @@ def _fitting(name: str, value: float | Tensor, native: Native, like: Tensor, con
         tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name} was given {value!r}; expected a number or a tensor.") from None
+    if bool((tensor.isnan() | (tensor == torch.inf)).any()) and native.name.endswith("shift"):
+        raise ValueError(f"{name} was given infinity, or not a number; expected numbers.")
     if bool(tensor.isnan().any()):
-        raise ValueError(f"{name} was given not a number; expected a number.")
+        raise ValueError(f"{name} was given not a number; expected numbers.")
     sizes = native.sizes(config)
     behind = zip(reversed(tensor.shape), reversed(sizes), strict=False)
     if tensor.ndim > len(sizes) or any(size is not None and found not in (1, size) for found, size in behind):

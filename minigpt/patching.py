@@ -10,6 +10,7 @@ native parameters, as `scaled` and `compare` take it. Two dicts go together with
 """
 
 import difflib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +25,8 @@ from minigpt.parameters import NativeModule, Values, block_of, natives, scaled
 
 WRITES = ("attention", "mlp")
 """The sites of what a block writes into the stream."""
+OF_HEADS = ("head", "query", "key", "value")
+"""Sites whose values have an axis of heads, and one scale for each."""
 
 
 @torch.no_grad()
@@ -94,41 +97,51 @@ def patch(
 ) -> dict[str, Tensor]:
     """The intervention that puts other values at a site: its scale is 1 - amount there, its shift amount * values.
 
-    `values` is what `record` returns, or anything of that shape: zeros for zero ablation, a mean over texts for mean
-    ablation, another text's for resampling. `positions` and `heads` (default: all) say where; elsewhere nothing
-    changes. `amount` 1 replaces, less mixes. To patch values from another position, move them there first.
+    `values` is what `record` returns, or what broadcasts to that from the right: zeros for zero ablation, a mean over
+    texts for mean ablation, another text's for resampling. `positions` and `heads` (default: all) say where; elsewhere
+    nothing changes. `amount` 1 replaces, less mixes. To patch values from another position, move them there first.
 
     With amount 1 and values of the very run that is patched nothing changes: 0 * a + values is `values`, to the last
     bit. They are that run's only if it has the same shape: products over another number of rows round otherwise.
 
-    Raises ValueError where `positions` or `heads` are out of range, or `values` have no such axis.
+    Raises ValueError where `positions` or `heads` are out of range, or the values are the same for all of them, and
+    for values that are no real numbers.
     """
-    if not isinstance(values, Tensor):
-        raise ValueError(f"The values for {site} are {values!r}; expected a tensor, as `record` returns it.")
-    of_heads = values.ndim == 4
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise ValueError(
+            f"The values for {site} are {values!r}; expected real numbers, a tensor as `record` returns it."
+        )
+    of_heads = site.rpartition(".")[2] in OF_HEADS
     if heads is not None and not of_heads:
-        raise ValueError(f"heads were given with {site}, whose values {list(values.shape)} have no axis of heads.")
-    there = torch.ones(
-        values.shape[:3] if of_heads else (*values.shape[:-1], 1), dtype=torch.bool, device=values.device
-    )
-    for word, axis, chosen in (("position", -2, positions), ("head", -1, heads)):
-        if chosen is not None:
-            there &= _chosen(f"{word}s", chosen, there, axis if of_heads else -2)
+        raise ValueError(f"heads were given with {site}, which has none.")
+    axes = 4 if of_heads else 3
+    if values.ndim > axes:
+        raise ValueError(f"The values for {site} have the shape {list(values.shape)}; expected at most {axes} axes.")
+    values = values.reshape((1,) * (axes - values.ndim) + tuple(values.shape))
+    there = torch.ones(*values.shape[:-1], dtype=torch.bool, device=values.device)  # [batch, position] or with head
+    if positions is not None:
+        chosen = _chosen("positions", positions, values.shape[1]).to(values.device)
+        there &= chosen[:, None] if of_heads else chosen
+    if heads is not None:
+        there &= _chosen("heads", heads, values.shape[2]).to(values.device)
     scale = torch.ones_like(there, dtype=values.dtype).masked_fill(there, 1.0 - amount)
-    elsewhere = ~there.unsqueeze(-1) if of_heads else ~there
-    return {f"{site}_scale": scale, f"{site}_shift": (amount * values).masked_fill(elsewhere, -0.0)}
+    shift = (amount * values).masked_fill(~there.unsqueeze(-1), -0.0)
+    return {f"{site}_scale": scale if of_heads else scale.unsqueeze(-1), f"{site}_shift": shift}
 
 
-def _chosen(what: str, chosen: Iterable[int], there: Tensor, axis: int) -> Tensor:
-    """Which entries of an axis are chosen, in the shape that broadcasts."""
-    size, indices = there.shape[axis], list(chosen)
+def _chosen(what: str, chosen: Iterable[int], size: int) -> Tensor:
+    """Which of so many entries are chosen: bool [entry]."""
+    try:
+        indices = list(map(operator.index, chosen))
+    except TypeError:
+        raise ValueError(f"The {what} are {chosen!r}; expected several whole numbers, such as [0].") from None
+    if size == 1:
+        raise ValueError(f"The {what} are {indices}, and the values are the same for all; expand them to every entry.")
     if not indices or not all(0 <= index < size for index in indices):
         raise ValueError(
             f"The {what} are {indices}; the values are given for {size}, so expected some from 0 to {size - 1}."
         )
-    mask = torch.zeros(size, dtype=torch.bool, device=there.device)
-    mask[indices] = True
-    return mask if axis == -1 else mask.unsqueeze(-1)
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(indices), True)
 
 
 def freeze(
@@ -158,9 +171,13 @@ def path_patch(
     recorded. The intervention puts that there, and changes nothing else (path patching: Wang et al. 2023, section 3.1;
     Goldowsky-Dill et al. 2023). A receiver that lies before the sender gets what it has.
 
-    Raises ValueError as `record` and `scaled` do.
+    Raises ValueError as `record` and `scaled` do, and for a sender within several sublayers: the later one would react
+    to the earlier one.
     """
     frozen, found = freeze(model, ids), dict[str, Tensor]()
+    owners = list(dict.fromkeys(name.rpartition("_")[0] for name in frozen if _within(name, sender)))
+    if len(owners) > 1:
+        raise ValueError(f"The sender acts within {', '.join(owners)}; give the change of one sublayer at a time.")
     for receiver in [receivers] if isinstance(receivers, str) else receivers:
         own = {name for name in frozen if name.startswith(f"{receiver}_") or _within(name, sender)}
         with scaled(model, {name: value for name, value in frozen.items() if name not in own} | dict(sender)):

@@ -24,8 +24,8 @@ def logit_difference(logits: Tensor, answers: int | Sequence[int], foils: int | 
 
 
 def _mean_logit(logits: Tensor, tokens: int | Sequence[int]) -> Tensor:
-    chosen, size = [tokens] if isinstance(tokens, int) else list(tokens), logits.shape[-1]
-    if not chosen or not all(0 <= token < size for token in chosen):
+    size, chosen = logits.shape[-1], torch.as_tensor(tokens).flatten().tolist()
+    if not chosen or not all(type(token) is int and 0 <= token < size for token in chosen):
         raise ValueError(f"The tokens are {chosen}; expected some from 0 to {size - 1}.")
     return logits[..., chosen].mean(-1)
 
@@ -58,6 +58,8 @@ def direct_attribution(
     """
     check_clean(model)
     texts = padded(ids)[0].to(model.device)
+    for wanted in (tokens, foils):
+        _check_tokens(wanted, texts, model.config.vocab_size)
     unembedding = model.unembed.weight[tokens] - (0 if foils is None else model.unembed.weight[foils])
     x = model.last_depth(texts)
     unembedding = unembedding.expand_as(x)
@@ -72,6 +74,19 @@ def direct_attribution(
         found["final_norm.bias"] = bias
     _check_sum(found, torch.linalg.vecdot(model.final_norm(x), unembedding))
     return found
+
+
+def _check_tokens(tokens: Tensor | None, texts: Tensor, size: int) -> None:
+    """Raise ValueError for what is no token id of every position of every text."""
+    if tokens is None:
+        return
+    sizes = zip(reversed(tokens.shape), reversed(texts.shape), strict=False)
+    fits = tokens.ndim in (0, 2) and all(found in (1, there) for found, there in sizes)
+    if not fits or tokens.dtype != torch.int64 or not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(
+            f"The tokens are {tokens!r}; expected int64 ids from 0 to {size - 1}: one, or [batch, position] for texts "
+            f"{list(texts.shape)}."
+        )
 
 
 def _writers(model: GPT2) -> Iterator[str]:
@@ -96,8 +111,8 @@ def _through_norm(norm: nn.Module, x: Tensor, unembedding: Tensor) -> tuple[Tens
 
     Both are of every position: [batch, position, n_embd] and [batch, position].
     """
-    kind = type(norm).__name__
-    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+    kind, known = type(norm).__name__, (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm) or type(norm).forward not in known:
         raise ValueError(f"The final norm is {kind}; its scale can be held fixed only of LayerNorm and RMSNorm.")
     read = unembedding if norm.weight is None else unembedding * norm.weight
     if isinstance(norm, nn.RMSNorm):
@@ -135,14 +150,23 @@ def attribution_patching(
     (Nanda 2023, "Attribution patching"). With `by_coordinate` nothing is summed: at a site of neurons every neuron has
     its own, [batch, position, mlp_width]. It says nothing of what is not linear: compare it with `patch`.
 
-    Raises ValueError as `record` does.
+    Raises ValueError as `record` does, for a model that is not clean, for values of another shape than the texts make,
+    and for a metric that does not depend on the logits.
     """
+    check_clean(model)
     texts = padded(ids)[0].to(model.device)
     clean = record(model, texts, values)
+    for site, of in clean.items():
+        if values[site].shape != of.shape:
+            raise ValueError(
+                f"The values for {site} have the shape {list(values[site].shape)}; the texts make {list(of.shape)}."
+            )
     with torch.inference_mode(mode=False), torch.enable_grad():
         shifts = {site: torch.zeros_like(of).requires_grad_() for site, of in clean.items()}
         with scaled(model, {f"{site}_shift": shift for site, shift in shifts.items()}):
-            total = metric(model(texts.clone())).sum()
+            total = torch.as_tensor(metric(model(texts.clone()))).sum()
+        if not total.requires_grad:
+            raise ValueError("The metric does not depend on the logits; give a function that is made of them.")
         gradients = torch.autograd.grad(total, list(shifts.values()), materialize_grads=True)
     found = {site: (values[site] - clean[site]) * gradient for site, gradient in zip(clean, gradients, strict=True)}
     return found if by_coordinate else {site: of.sum(-1) for site, of in found.items()}

@@ -124,6 +124,16 @@ def test_a_patch_puts_the_others_values_there_and_nowhere_else(
     assert torch.equal(found[~there], mine[~there])
 
 
+def test_a_mean_over_texts_and_positions_is_one_value_for_all(model: GPT2, ids: Tensor) -> None:
+    """[n_head, head_width]: axes of texts and positions come in front, also where there are as many positions."""
+    site = "blocks.1.attention.head"
+    mean = record(model, ids[:, :3], [site])[site].mean((0, 1))
+    with scaled(model, patch(site, mean, heads=[2])):
+        found = record(model, ids[:, :3], [site])[site]
+    torch.testing.assert_close(found[:, :, 2], mean[2].expand(2, 3, -1), **SAME)
+    assert torch.equal(found[:, :, :2], record(model, ids[:, :3], [site])[site][:, :, :2])
+
+
 @pytest.mark.parametrize("site", EVERY)
 def test_a_patched_run_beside_others_is_what_it_is_alone(model: GPT2, ids: Tensor, other: Tensor, site: str) -> None:
     theirs = record(model, other, [site])[site]
@@ -401,6 +411,37 @@ WRONG = {
         lambda model, ids: record(model, ids, ["blocks.9.output"]),
         "There is no site 'blocks.9.output'",
     ),
+    "whole numbers as values": (
+        lambda *_: patch("blocks.1.output", VALUES[..., 0].long(), amount=0.5),
+        "expected real numbers, a tensor as",
+    ),
+    "too many axes": (
+        lambda *_: patch("blocks.1.output", VALUES),
+        "have the shape [2, 10, 3, 12]; expected at most 3 axes",
+    ),
+    "a position for all texts": (
+        lambda *_: patch("blocks.1.output", torch.zeros(36), [0]),
+        "The positions are [0], and the values are the same for all",
+    ),
+    "half a position": (lambda *_: patch("blocks.1.output", VALUES[..., 0], [1.5]), "expected several whole numbers"),
+    "positions as a number": (
+        lambda *_: patch("blocks.1.output", VALUES[..., 0], 1),
+        "The positions are 1; expected several",
+    ),
+    "senders in two blocks": (
+        lambda model, ids: path_patch(
+            model, ids, {"blocks.0.mlp_scale": 0.0, "blocks.1.attention.head_scale": 0.0}, ["blocks.3.output"]
+        ),
+        "The sender acts within blocks.0.mlp, blocks.1.attention; give the change of one sublayer at a time",
+    ),
+    "infinity": (
+        lambda model, ids: compare(model, ids, [{"blocks.1.attention.score_shift": float("inf")}]),
+        "blocks.1.attention.score_shift was given infinity",
+    ),
+    "tokens in letters": (
+        lambda model, ids: compare(model, ids, [{"embedding_scale": 2.0}], tokens="ab"),
+        "The tokens are 'ab'; expected token ids",
+    ),
     "no site": (lambda model, ids: record(model, ids, []), "There is no site to record; give some, such as"),
     "scores": (
         lambda model, ids: record(model, ids, ["blocks.1.attention.score"]),
@@ -409,7 +450,7 @@ WRONG = {
     "ids out of range": (lambda model, _: record(model, [[97]], ["embedding"]), "97"),
     "a number as values": (
         lambda *_: patch("blocks.1.output", 0.0),
-        "The values for blocks.1.output are 0.0; expected a tensor",
+        "The values for blocks.1.output are 0.0; expected real numbers, a tensor as",
     ),
     "a position beyond": (
         lambda *_: patch("blocks.1.output", VALUES[..., 0], [10]),
@@ -422,11 +463,11 @@ WRONG = {
     "no position": (lambda *_: patch("blocks.1.output", VALUES[..., 0], []), "The positions are []"),
     "heads of a stream": (
         lambda *_: patch("blocks.1.output", VALUES[..., 0], heads=[0]),
-        "heads were given with blocks.1.output, whose values [2, 10, 3] have no axis of heads",
+        "heads were given with blocks.1.output, which has none",
     ),
     "one value for all positions": (
         lambda *_: patch("blocks.1.output", VALUES[:, :1, 0], [2]),
-        "The positions are [2]; the values are given for 1",
+        "The positions are [2], and the values are the same for all; expand them",
     ),
     "another length": (
         lambda model, ids: compare(model, ids, [patch("blocks.1.output", torch.zeros(1, 9, 36))]),
@@ -438,7 +479,7 @@ WRONG = {
     ),
     "not a number": (
         lambda model, ids: compare(model, ids, [{"blocks.1.output_shift": float("nan")}]),
-        "blocks.1.output_shift was given not a number",
+        "blocks.1.output_shift was given infinity, or not a number",
     ),
     "a token beyond": (
         lambda model, ids: compare(model, ids, [{"embedding_scale": 2.0}], tokens=[97]),

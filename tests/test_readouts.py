@@ -207,10 +207,50 @@ def test_attributions_of_several_sites_are_those_of_each_alone(model: GPT2, ids:
         torch.testing.assert_close(attribution_patching(model, ids, values, difference), both, **SAME)
 
 
-def test_a_metric_that_does_not_read_the_logits_is_attributed_to_nobody(model: GPT2, ids: Tensor) -> None:
+WRONG = {
+    "a metric of nothing": (
+        lambda m, x: attribution_patching(m, x, {"embedding": ZERO}, lambda _: 3),
+        "does not depend on",
+    ),
+    "values of another length": (
+        lambda m, x: attribution_patching(m, x[:, :5], {"embedding": ZERO}, difference),
+        "have the shape [2, 10, 36]; the texts make [2, 5, 36]",
+    ),
+    "a token beyond": (lambda m, x: direct_attribution(m, x, torch.tensor(97)), "expected int64 ids from 0 to 96"),
+    "half a token": (lambda m, x: direct_attribution(m, x, torch.tensor(0.5)), "expected int64 ids"),
+    "a token for each text": (
+        lambda m, x: direct_attribution(m, x, torch.tensor([1, 2])),
+        "or [batch, position] for texts",
+    ),
+    "a foil beyond": (lambda m, x: direct_attribution(m, x, torch.tensor(1), torch.tensor(-1)), "expected int64 ids"),
+    "True": (lambda m, x: logit_difference(m(x), 0, True), "The tokens are [True]"),
+}
+ZERO = torch.zeros(2, 10, 36, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_makes_no_sense_is_refused_in_a_sentence(model: GPT2, ids: Tensor, case: str) -> None:
+    call, said = WRONG[case]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call(model, ids)
+
+
+def test_attributions_ask_for_a_clean_model(model: GPT2, ids: Tensor) -> None:
     values = record(model, OTHER, ["blocks.1.output"])
-    found = attribution_patching(model, ids, values, lambda _: torch.ones(1, requires_grad=True))
-    assert not found["blocks.1.output"].any()
+    with scaled(model, {"blocks.1.output_shift": 1.0}), pytest.raises(ValueError, match="needs every native parameter"):
+        attribution_patching(model, ids, values, difference)
+
+
+class Own(nn.LayerNorm):
+    """Not what its class does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_not_taken_for_its_class(small: Callable[..., GPT2], ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="The final norm is Own; its scale can be held fixed only of"):
+        direct_attribution(small(block=type("Normed", (Block,), {"norm": Own})), ids, OTHER)
 
 
 def test_an_attribution_to_the_run_itself_is_nothing(model: GPT2, ids: Tensor) -> None:

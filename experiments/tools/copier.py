@@ -9,7 +9,7 @@ al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 202
 Heads"). A head of block 0 attends to the previous token, so that every position knows what stood before it; a head of
 block 1 attends to the position that knows the present token.
 
-The unembedding is not tied to the embedding, as it is in GPT-2: with tied ones the same heads appear later and are
+In GPT-2 the unembedding is tied to the embedding. Here it is not: with tied ones the same heads appear later and are
 less sharp.
 """
 
@@ -217,7 +217,7 @@ def main(
     learning_rate: float = Schedule.learning_rate,
     seed: Annotated[int, typer.Option(min=0)] = Schedule.seed,
 ) -> None:
-    """Train two layers to copy, in half a minute, and write the checkpoint, float16, and its log."""
+    """Train two layers to copy, in a minute, and write the checkpoint, float16, and its log."""
     with alone_in(output):
         started = time.monotonic()
         model, log = train(Schedule(steps, learning_rate=learning_rate, seed=seed))
