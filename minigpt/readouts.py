@@ -144,11 +144,11 @@ def attribution_patching(
 ) -> dict[str, Tensor]:
     """What patching every entry of some sites would do to a metric, to first order, from one derivative.
 
-    `values` are what to patch with, by site, as `record` gives them. `metric` makes numbers of the logits [batch,
-    position, vocab]; their sum is differentiated, by the sites' shifts. Returns, for every site, (value - clean) times
-    the derivative, summed over the last axis: [batch, position], for heads [batch, position, n_head]
-    (Nanda 2023, "Attribution patching"). With `by_coordinate` nothing is summed: at a site of neurons every neuron has
-    its own, [batch, position, mlp_width]. It says nothing of what is not linear: compare it with `patch`.
+    `values` are what to patch with, by site, as `record` gives them, or what broadcasts to that. `metric` makes numbers
+    of the logits [batch, position, vocab]; their sum is differentiated, by the sites' shifts. Returns, for every site,
+    (value - clean) times the derivative, summed over the last axis: [batch, position], for heads [batch, position,
+    n_head] (Nanda 2023, "Attribution patching"). With `by_coordinate` nothing is summed: at a site of neurons every
+    neuron has its own, [batch, position, mlp_width]. It says nothing of what is not linear: compare it with `patch`.
 
     Raises ValueError as `record` does, for a model that is not clean, for values of another shape than the texts make,
     and for a metric that does not depend on the logits.
@@ -157,9 +157,10 @@ def attribution_patching(
     texts = padded(ids)[0].to(model.device)
     clean = record(model, texts, values)
     for site, of in clean.items():
-        if values[site].shape != of.shape:
+        sizes = zip(reversed(values[site].shape), reversed(of.shape), strict=False)
+        if values[site].ndim > of.ndim or any(given not in (1, there) for given, there in sizes):
             raise ValueError(
-                f"The values for {site} have the shape {list(values[site].shape)}; the texts make {list(of.shape)}."
+                f"The values for {site} have the shape {list(values[site].shape)}; expected one that broadcasts to {list(of.shape)}."
             )
     with torch.inference_mode(mode=False), torch.enable_grad():
         shifts = {site: torch.zeros_like(of).requires_grad_() for site, of in clean.items()}

@@ -214,7 +214,7 @@ WRONG = {
     ),
     "values of another length": (
         lambda m, x: attribution_patching(m, x[:, :5], {"embedding": ZERO}, difference),
-        "have the shape [2, 10, 36]; the texts make [2, 5, 36]",
+        "have the shape [2, 10, 36]; expected one that broadcasts to [2, 5, 36]",
     ),
     "a token beyond": (lambda m, x: direct_attribution(m, x, torch.tensor(97)), "expected int64 ids from 0 to 96"),
     "half a token": (lambda m, x: direct_attribution(m, x, torch.tensor(0.5)), "expected int64 ids"),
@@ -251,6 +251,15 @@ class Own(nn.LayerNorm):
 def test_a_norm_with_a_forward_of_its_own_is_not_taken_for_its_class(small: Callable[..., GPT2], ids: Tensor) -> None:
     with pytest.raises(ValueError, match="The final norm is Own; its scale can be held fixed only of"):
         direct_attribution(small(block=type("Normed", (Block,), {"norm": Own})), ids, OTHER)
+
+
+def test_one_value_for_all_texts_and_positions_is_attributed_everywhere(model: GPT2, ids: Tensor) -> None:
+    mean = record(model, OTHER, ["blocks.1.mlp.neuron"])["blocks.1.mlp.neuron"].mean((0, 1))
+    one, whole = (
+        attribution_patching(model, ids, {"blocks.1.mlp.neuron": of}, difference)["blocks.1.mlp.neuron"]
+        for of in (mean, mean.expand(2, 10, -1))
+    )
+    assert torch.equal(one, whole) and one.shape == (2, 10)
 
 
 def test_an_attribution_to_the_run_itself_is_nothing(model: GPT2, ids: Tensor) -> None:
