@@ -160,7 +160,8 @@ def attribution_patching(
         sizes = zip(reversed(values[site].shape), reversed(of.shape), strict=False)
         if values[site].ndim > of.ndim or any(given not in (1, there) for given, there in sizes):
             raise ValueError(
-                f"The values for {site} have the shape {list(values[site].shape)}; expected one that broadcasts to {list(of.shape)}."
+                f"The values for {site} have the shape {list(values[site].shape)}; "
+                f"expected one that broadcasts to {list(of.shape)}."
             )
     with torch.inference_mode(mode=False), torch.enable_grad():
         shifts = {site: torch.zeros_like(of).requires_grad_() for site, of in clean.items()}
