@@ -34,6 +34,7 @@ from experiments.harness.pairs import (
     BETWEEN,
     DIFFERING,
     ROUNDINGS,
+    UNDECIDED,
     Pair,
     PairExperiment,
     PairOptions,
@@ -352,9 +353,6 @@ def _one_head(heads: Table) -> Decision:
         {"head": name, **figures_of(lost=most)},
         "last",
     )
-
-
-UNDECIDED = "The interval includes the threshold, or the share is undefined, so it is undecided."
 
 
 # The page.

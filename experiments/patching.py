@@ -32,6 +32,7 @@ from experiments.harness.pairs import (
     DIFFERING,
     LAST,
     ROUNDINGS,
+    UNDECIDED,
     Pair,
     PairExperiment,
     PairOptions,
@@ -413,9 +414,6 @@ def _agrees(agreement: Table) -> Decision:
         figures_of(correlation=correlation, largest_error=error),
         "all",
     )
-
-
-UNDECIDED = "The interval includes the threshold, or the share is undefined, so it is undecided."
 
 
 # The page.

@@ -48,9 +48,9 @@ def record(model: GPT2, ids: Tensor | Sequence[Sequence[int]], sites: Iterable[s
         for site in chosen:
             path, _, leaf = site.rpartition(".")
             module = model.get_submodule(path)
-            assert isinstance(module, NativeModule)
-            keep = partial(_keep, module.act, found, site, leaf)
-            replacements.enter_context(replaced(module, "act", keep))
+            if isinstance(module, NativeModule):
+                keep = partial(_keep, module.act, found, site, leaf)
+                replacements.enter_context(replaced(module, "act", keep))
         last = max(map(block_of, chosen))
         for _ in islice(model.depths(texts.to(model.device)), last + 2):
             pass
@@ -64,12 +64,9 @@ def record(model: GPT2, ids: Tensor | Sequence[Sequence[int]], sites: Iterable[s
 
 
 def _keep(
-    act: Callable[[str, Tensor], Tensor], found: dict[str, Tensor], name: str, leaf: str, *given: object
+    act: Callable[[str, Tensor], Tensor], found: dict[str, Tensor], name: str, leaf: str, site: str, a: Tensor
 ) -> Tensor:
     """Do what `act` does, and keep what it makes of one site."""
-    site, a = given
-    assert isinstance(site, str)
-    assert isinstance(a, Tensor)
     out = act(site, a)
     if site == leaf:
         found[name] = out.clone()

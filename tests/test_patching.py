@@ -7,9 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt import GPT2, Block, compare, compare_logits, engine, freeze, generate, patch, path_patch, record, scaled
+from minigpt import (
+    GPT2,
+    Block,
+    GPT2Config,
+    compare,
+    compare_logits,
+    engine,
+    freeze,
+    generate,
+    patch,
+    path_patch,
+    record,
+    scaled,
+)
 from minigpt.model import SITES, Attention
-from minigpt.parameters import Native, law, natives
+from minigpt.parameters import Native, declare, law, natives
 from minigpt.patching import patched
 from tests.blocks import Parallel
 from tests.conftest import SMALL
@@ -399,6 +412,25 @@ def test_a_value_that_a_block_of_ones_own_would_not_use_is_refused(small: Callab
     ):
         record(model, ids, ["blocks.1.output"])
     assert record(model, ids, ["blocks.1.mlp.neuron"])["blocks.1.mlp.neuron"].shape == (2, 10, 144)
+
+
+class Plain(torch.nn.Module):
+    """Declares a site, and is no module of this library's kind."""
+
+    native = law("gate")
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        declare(self, self.native, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_site_of_a_module_without_the_law_is_a_sentence(small: Callable[..., GPT2], ids: Tensor) -> None:
+    model = small(block=type("Gated", (Block,), {"mlp_class": Plain}))
+    with pytest.raises(ValueError, match=r"does not reach blocks\.1\.mlp\.gate through `act`"):
+        record(model, ids, ["blocks.1.mlp.gate"])
 
 
 VALUES = torch.zeros(2, 10, 3, 12)

@@ -47,6 +47,8 @@ ROUNDINGS = 80
 many."""
 
 
+UNDECIDED = "The interval includes the threshold, or the share is undefined, so it is undecided."
+"""What is said of a share that decides nothing."""
 MOST_BYTES = 2**26
 """Of recorded values, and of the values of interventions, held at once: 64 MiB each, whatever prompt and model."""
 
